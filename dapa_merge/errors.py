@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,6 +87,19 @@ def some_of(names: Sequence[str], most: int) -> str:
     """The first names of a list, and how many more there are, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
+
+
+def nearest_of(word: str, known: Iterable[str], shown: Callable[[str], str] = str) -> str:
+    """Suggest the nearest known word for an error; empty if none is near.
+
+    Args:
+        word: What was written; upper and lower case are alike.
+        known: What might have been meant.
+        shown: Writes one of `known` as it is to be typed.
+    """
+    by_key = {one.casefold(): one for one in known}
+    near = difflib.get_close_matches(word.casefold(), by_key, 1)
+    return f" (did you mean {shown(by_key[near[0]])!r}?)" if near else ""
 
 
 def one_line(error: BaseException) -> str:

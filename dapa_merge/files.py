@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 import platformdirs
 from filelock import FileLock, Timeout
 
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import DapaError, UsageError, nearest_of
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors of some cluster file systems, which have locks only if mounted with them.
@@ -76,6 +76,22 @@ def _make_key(path: Path) -> None:
             _name(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def nearest_here(path: str, known: Iterable[str] = (), *, is_folder: bool = False) -> str:
+    """Suggest the nearest name beside a path that does not exist, or of other names; empty if none is near.
+
+    Args:
+        path: The path.
+        known: The other names, such as Hub ids, by whose last part they are compared.
+        is_folder: Whether it should be a folder.
+    """
+    head, name = os.path.split(path.rstrip("/"))
+    meant = {one.rpartition("/")[2]: one for one in known}
+    # A path may be none that the system can have.
+    with suppress(OSError, ValueError), os.scandir(head or ".") as beside:
+        meant |= {one.name: os.path.join(head, one.name) for one in beside if one.is_dir() or not is_folder}
+    return nearest_of(name, meant, meant.__getitem__)
 
 
 def refuse_special(path: Path, max_bytes: int | None = None) -> None:

@@ -32,7 +32,7 @@ from dapa_merge.publish import lock as locks
 from dapa_merge.publish.commit import Published
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.publish.push import check_push, push
-from dapa_merge.publish.write_card import write_card
+from dapa_merge.publish.write_card import parents_of, write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
@@ -86,6 +86,9 @@ def run_recipe(
         recipe, lock = locks.locked_recipe(recipe, path)
     if destination is not None:
         check_push(destination, card, recipe)
+    elif card.target or card.source:
+        # A model that is not there is told before hours of work.
+        parents_of(recipe, card)
     # The title that `push` gives it, so that `push` does not write the card again.
     titled = replace(card, title=destination.repository) if destination else card
     report = repair(recipe, out, keeps_lock=keeps_lock, lock=lock, is_locked=is_locked, card=titled, **settings)
@@ -179,9 +182,6 @@ def repair(
     if lock is not None:
         extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)
-    if PAGE_NAME in extras:
-        LOG.info(f"what the models said, to read in a browser: {out / PAGE_NAME}")
-        LOG.info(f"to talk to both models: dapa-merge chat {shlex.quote(str(out))} --before")
     return report
 
 
@@ -258,6 +258,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         arithmetic=evidence.arithmetic if evidence else None,
         held_out=evidence is not None and evidence.held_out,
         limits=evidence.limits if evidence else (),
+        edit=plan.edit.name,
     )
 
 
@@ -304,7 +305,7 @@ def _describe(out: Path, card: CardOptions | None, made: Path) -> None:
     if card is None:
         return
     try:
-        write_card(made, card, name=out.resolve().name)
+        write_card(made, card)
     except Exception as error:
         why = error if isinstance(error, DapaError) else one_line(error)
         LOG.info(f"no card yet: {why}; `dapa-merge card {out}` writes it")
@@ -312,7 +313,8 @@ def _describe(out: Path, card: CardOptions | None, made: Path) -> None:
 
 def _publish(out: Path, destination: Destination, card: CardOptions) -> Published:
     try:
-        return push(out, destination, card, is_verified=True)
+        # With other models than the recipe's nothing was compared yet.
+        return push(out, destination, card, is_verified=not (card.target or card.source))
     except BaseException:
         LOG.info(f"{out} is complete; publish it with: {_command(out, destination, card)}")
         raise
@@ -328,6 +330,8 @@ def _command(out: Path, destination: Destination, card: CardOptions) -> str:
         "--revision": destination.branch,
         "--tag": destination.tag,
         "--message": destination.message,
+        "--target": card.target,
+        "--source": card.source,
     } | {f"--{key.replace('_', '-')}": value for key, value in license.items()}
     words = ["dapa-merge", "push", str(out), destination.repository]
     for option, value in options.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import huggingface_hub
 from huggingface_hub import constants
 
 from dapa_merge.errors import DapaError, HubError, UsageError, one_line
+from dapa_merge.files import nearest_here
 
 T = TypeVar("T")
 
@@ -102,11 +104,15 @@ def is_id(text: str) -> bool:
     return True
 
 
+class Absent(str):
+    """A model that is not a folder here, in place of what is asked: errors then tell first what is near it."""
+
+
 def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None] = lambda _: None) -> T:
     """Call a function of huggingface_hub, and repeat the call after temporary errors.
 
     Args:
-        what: The request, worded to follow "cannot".
+        what: The request, worded to follow "cannot", or `Absent`.
         call: Makes one request, and must be safe to repeat.
         settle: Called with each error; if it returns a value other than None, that is the answer.
 
@@ -167,9 +173,24 @@ def download(repository: str, name: str, commit: str) -> Path:
 
 
 def fault(what: str, error: BaseException) -> HubError:
-    """Return the error to raise: "cannot", the request, and the reason; it never contains the token."""
+    """Return the error to raise: what failed, and the reason; it never contains the token."""
     kind, why = _explained(cause_of(error))
-    return kind(f"cannot {what}: {why}")
+    is_absent = isinstance(what, Absent)
+    failed = f"{no_folder(what)}, and it cannot be fetched from the Hub" if is_absent else f"cannot {what}"
+    return kind(f"{failed}: {why}")
+
+
+def no_folder(place: str) -> str:
+    """The beginning of an error about a model that is not a folder, with what may have been meant."""
+    return f"there is no folder {place!r:.200} here{nearest_here(place, cached_models(), is_folder=True)}"
+
+
+def cached_models() -> list[str]:
+    """The ids of models of which huggingface_hub has cached something."""
+    with suppress(OSError):
+        names = [name.removeprefix("models--") for name in os.listdir(constants.HF_HUB_CACHE) if "models--" in name]
+        return sorted(name.replace("--", "/", 1) for name in names)
+    return []
 
 
 def _explained(error: BaseException) -> tuple[type[HubError], str]:

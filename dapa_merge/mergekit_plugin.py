@@ -246,7 +246,7 @@ def _select(recipe: Recipe) -> _Selected:
         plan, selection = found.plan, join(found.plan, found.minimum.units)
     else:
         selection = changing_selection(recipe, plan, selection)
-    LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
+    LOG.info(f"dapa: editing {spans(selection)} by {plan.edit.name}, with {recipe.source}")
     return _Selected(
         boxes=boxes_in_merge(plan, selection),
         plan=plan,

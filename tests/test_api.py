@@ -183,7 +183,7 @@ def test_a_report_in_a_notebook_has_the_rows_of_the_terminal(demo):
     assert found[0] == ["held-out prompts", "before", "after", "source"]
     rows = figure_rows([report.before, report.after, report.source_alone])
     assert found[1:] == [[label.strip(), *values] for label, values in rows]
-    assert "transplanted" in report._repr_html_()
+    assert "copied" in report._repr_html_()
     assert cells(report.after._repr_html_())[1] == ["DSR (64 harmful)", f"{report.after.dsr:.3f}"]
 
 

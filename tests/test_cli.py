@@ -144,7 +144,7 @@ def test_a_plan_counts_units_bytes_and_parameters(write_recipe):
     assert plan["search_memory_bytes"] == plan["target"]["bytes"] + 2 * 80 * 208
     shown = call("plan", recipe).stdout
     assert "model.layers.6.mlp.gate_proj.weight" in shown
-    assert "transplants             4 units, 0.13 MB" in shown
+    assert "changes                 4 units, 0.13 MB" in shown
 
 
 def test_a_plan_of_a_search_shows_every_candidate(write_recipe):
@@ -154,9 +154,17 @@ def test_a_plan_of_a_search_shows_every_candidate(write_recipe):
 
 FAULTS = {
     "no recipe": (["run", "none.yml", "out"], 2, "cannot read the recipe none.yml: No such file or directory"),
-    "no target": (["evaluate", "./none"], 4, "'./none' is neither a folder here nor the id of a Hub repository"),
-    "no Hub": (["evaluate", "someone/model"], 5, "cannot fetch someone/model, which is not a folder here: "),
-    "no result": (["verify", "none"], 4, "none is not a folder"),
+    "no target": (
+        ["evaluate", "./none"],
+        4,
+        "there is no folder './none' here, and it is not the id",
+    ),
+    "no Hub": (
+        ["evaluate", "someone/model"],
+        5,
+        "there is no folder 'someone/model' here, and it cannot",
+    ),
+    "no result": (["verify", "none"], 4, "there is no folder none here"),
     "no recipe in the result": (["verify", "MODEL"], 2, "has no mergekit_config.yml; name the recipe that it was made"),
     "a device without data": (["evaluate", "MODEL", "--device", "meta"], 2, "device 'meta'"),
     "no such prompts": (["evaluate", "MODEL", "--prompts", "none"], 2, "prompts 'none': no such file or folder"),
@@ -533,7 +541,7 @@ def test_verify_does_not_take_the_target_itself_for_a_repaired_model(write_recip
     recipe = write_recipe(miniature.path("target"), miniature.path("source"))
     result = call("verify", miniature.path("target"), "--recipe", recipe)
     assert result.exit_code == 4
-    assert "nothing was transplanted: it is the unchanged target" in result.stdout
+    assert "nothing was edited: it is the unchanged target" in result.stdout
 
 
 def test_responses_are_kept_for_reading(tmp_path):

@@ -86,6 +86,66 @@ def test_bash_completes(programs, what):
     assert complete(programs, "dapa-merge", *words) == offered
 
 
+SHELLS = {
+    # Both call what the script defines as the shell does, and print what it would offer.
+    "zsh": """
+        compdef() {{ }}
+        eval "$(dapa-merge completion zsh)"
+        compadd() {{ print -l -- ${{completions[@]}} }}
+        _describe() {{ print -l -- ${{completions_with_descriptions[@]%%:*}} }}
+        _path_files() {{ print default }}
+        words=({words}) CURRENT={number}
+        _dapa_merge_completion
+    """,
+    "fish": """
+        dapa-merge completion fish | source
+        complete --do-complete '{typed}' | string split --fields 1 \\t; true
+    """,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("what", OFFERED)
+def test_zsh_and_fish_complete_as_bash_does(programs, what, shell, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    words, offered = OFFERED[what]
+    quoted = " ".join(f"'{word}'" for word in ("dapa-merge", *words))
+    script = SHELLS[shell].format(words=quoted, number=len(words) + 1, typed=" ".join(("dapa-merge", *words)))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a file").touch()
+    ran = run_in(shell, script, programs, tmp_path / "here")
+    assert ran.stderr == ""
+    # fish looks for files itself.
+    assert ran.stdout.splitlines() == (["a file"] if shell == "fish" and offered == ["default"] else offered)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_tells_whole_descriptions(programs, tmp_path):
+    script = "dapa-merge completion fish | source; complete --do-complete 'dapa-merge patc'"
+    told = run_in("fish", script, programs, tmp_path).stdout
+    assert told == "patch\tPass a repair on as a small file, apply it, take it back.\n"
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_a_new_zsh_without_settings_takes_the_script(programs, tmp_path):
+    ran = run_in("zsh", 'eval "$(dapa-merge completion zsh)"; print $_comps[dapa-merge]', programs, tmp_path)
+    assert (ran.stdout, ran.stderr) == ("_dapa_merge_completion\n", "")
+
+
+def run_in(shell: str, script: str, programs: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a shell without any settings of the user's."""
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HOME": str(programs),
+        "XDG_CONFIG_HOME": str(programs),
+    }
+    words = [shell, *(["-f"] if shell == "zsh" else ["--no-config"]), "-c", script]
+    return subprocess.run(words, capture_output=True, text=True, check=True, env=environment, cwd=folder)
+
+
 def test_every_command_completes_without_its_module():
     for name, (module, _) in COMMANDS.items():
         code = (

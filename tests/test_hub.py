@@ -75,7 +75,7 @@ def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, c
         result = call_at_hub(endpoint, tmp_path / "home", "evaluate", model)
     assert result.exit_code == 5, result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"Error: cannot fetch {name}, which is not a folder here: ")
+    assert line.startswith(f"Error: there is no folder {name!r} here, and it cannot be fetched from the Hub: ")
 
 
 def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path, call_at_hub):

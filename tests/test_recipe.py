@@ -105,13 +105,13 @@ def test_a_granularity_is_written_in_one_way():
 FAULTS = {
     "unknown parameter": (
         with_parameters("retian: 0.9"),
-        "r.yml, line 6: unknown key parameters.retian; did you mean 'retain'? known are layers, modules, granularity",
+        "r.yml, line 6: unknown key parameters.retian (did you mean 'retain'?); known are layers, modules, granularity",
     ),
     "unknown parameter without a near name": (
         with_parameters("zzz: 1"),
         "r.yml, line 6: unknown key parameters.zzz; known are layers,",
     ),
-    "unknown key": (MINIMAL + "basemodel: x\n", "r.yml, line 5: unknown key basemodel; did you mean 'base_model'?"),
+    "unknown key": (MINIMAL + "basemodel: x\n", "r.yml, line 5: unknown key basemodel (did you mean 'base_model'?)"),
     "slices": (MINIMAL + "slices: []\n", "r.yml, line 5: slices cannot be used with dapa: DAPA repairs one whole"),
     "chat template": (MINIMAL + "chat_template: chatml\n", "r.yml, line 5: chat_template cannot be used with dapa"),
     "another method": (MINIMAL.replace("dapa", "ties"), "r.yml, line 1: merge_method is 'ties'"),

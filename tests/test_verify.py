@@ -238,8 +238,8 @@ LIES = {
         lambda content: content.update(strength=0.5),
         "says strength 0.5, but the recipe",
     ),
-    "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),
-    "units that are none": (lambda content: content.update(units=["banana"]), "says that banana was transplanted"),
+    "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was edited"),
+    "units that are none": (lambda content: content.update(units=["banana"]), "says that banana was edited"),
     "a tensor that was not changed": (
         lambda content: content["tensors"].update({"model.norm.weight": next(iter(content["tensors"].values()))}),
         "says that model.norm.weight was changed, but it is the target's",

@@ -39,7 +39,7 @@ from dapa_merge.checkpoint.folder import (
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import Record, cache_folder, held, write_all
-from dapa_merge.hub_client import api, asking, fault, hub_errors, hub_utils, is_id
+from dapa_merge.hub_client import Absent, api, asking, fault, hub_errors, hub_utils, is_id, no_folder
 from dapa_merge.progress import advance, task
 
 # Weight file, first byte, end (exclusive).
@@ -298,8 +298,8 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
         HubError: If it cannot be fetched.
     """
     if not is_id(repository):
-        raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository")
-    what = f"fetch {repository}, which is not a folder here"
+        raise CheckpointError(f"{no_folder(repository)}, and it is not the id of a Hub repository")
+    what = Absent(repository)
     with asking(what):
         patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
         folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, **patterns))

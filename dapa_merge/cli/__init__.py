@@ -44,7 +44,7 @@ COMMANDS = {
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),
     "page": ("dapa_merge.cli.look", "Write the responses of OUT as a page to read in a browser."),
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
-    "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant and what that takes, without loading a model."),
+    "plan": ("dapa_merge.cli.run", "Show what RECIPE would change and what that takes, without loading a model."),
     "push": ("dapa_merge.cli.publish", "Publish OUT in the Hub's repository REPO."),
     "repair": ("dapa_merge.cli.run", "Repair TARGET with SOURCE, without a recipe."),
     "run": ("dapa_merge.cli.run", "Repair a model from a recipe."),
@@ -146,6 +146,8 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     Copies MLP gate projections from an aligned model (the source) into an unaligned one of the same family (the
     target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514), or moves the target along
     directions of their difference.
+
+    Try it with `dapa-merge demo`; repair your own model with `dapa-merge repair TARGET SOURCE OUT`.
     """
     # Closed early if --quiet comes behind the command.
     context.obj = context.with_resource(ExitStack())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer
+from dapa_merge.cli.options import FilePath, allow_pickle_option, json_option, print_answer
 from dapa_merge.errors import UsageError
 from dapa_merge.imports import lasting
 from dapa_merge.patch.commands import apply_patch, extract_lora, extract_patch, revert_patch, show_patch
@@ -16,9 +16,7 @@ from dapa_merge.patch.commands import apply_patch, extract_lora, extract_patch, 
 
 @click.command()
 @click.argument("out")
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
-)
+@click.option("--recipe", type=FilePath(), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]")
 @click.option(
     "--target", metavar="MODEL", help="Where the target is: a folder, a Hub id or id@revision.  [default: the recipe's]"
 )
@@ -60,10 +58,10 @@ def verify(
         sys.exit(4)
 
 
-patch_argument = click.argument("patch", type=click.Path(path_type=Path))
+patch_argument = click.argument("patch", type=FilePath())
 undo_option = click.option(
     "--undo",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Where the old bytes are kept.  [default: .dapa-undo.safetensors in BASE]",
 )
 
@@ -80,10 +78,8 @@ def patch() -> None:
 
 @patch.command()
 @click.argument("result")
-@click.argument("patch", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--lora", type=click.Path(path_type=Path), help="Write a LoRA adapter of peft into this new folder, not a patch."
-)
+@click.argument("patch", type=FilePath(), required=False)
+@click.option("--lora", type=FilePath(), help="Write a LoRA adapter of peft into this new folder, not a patch.")
 @click.option("--base", metavar="MODEL", help="What RESULT was made of.  [default: as RESULT/mergekit_config.yml says]")
 @allow_pickle_option
 @json_option
@@ -114,7 +110,7 @@ def extract(
 @patch.command()
 @patch_argument
 @click.argument("base")
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("out", type=FilePath(), required=False)
 @click.option("--in-place", is_flag=True, help="Change BASE itself; what it held is kept in an undo file first.")
 @undo_option
 @allow_pickle_option

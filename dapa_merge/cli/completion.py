@@ -18,6 +18,14 @@ from dapa_merge.cli import COMPLETING as VARIABLE
 
 PROGRAM = "dapa-merge"
 OUTLINES_PATH = Path(__file__).with_name("outlines.json")
+# What click's scripts lack. zsh knows `compdef` only after `compinit`, which no new ~/.zshrc calls; fish would cut a
+# description at its first comma.
+MENDED = {
+    "zsh": {
+        "    compdef _": "    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }\n    compdef _",
+    },
+    "fish": {'string split ","': 'string split --max 1 ","'},
+}
 # Options whose value may be a file or something else.
 FILES = ("prompts", "keep", "skills", "text", "chat_template", "recipe")
 
@@ -25,16 +33,20 @@ FILES = ("prompts", "keep", "skills", "text", "chat_template", "recipe")
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    r"""Print what makes SHELL complete commands, options and paths.
+    """Print what makes SHELL complete commands, options and paths.
 
     \b
     bash: eval "$(dapa-merge completion bash)" in ~/.bashrc
     zsh:  eval "$(dapa-merge completion zsh)" in ~/.zshrc
     fish: dapa-merge completion fish > ~/.config/fish/completions/dapa-merge.fish
-    """
+    """  # noqa: D301  click needs the character.
     found = get_completion_class(shell)
     assert found is not None
-    click.echo(found(click.Group(), {}, PROGRAM, VARIABLE).source())
+    script = found(click.Group(), {}, PROGRAM, VARIABLE).source()
+    for old, new in MENDED.get(shell, {}).items():
+        assert script.count(old) == 1
+        script = script.replace(old, new)
+    click.echo(script)
 
 
 def outline(command: click.Command) -> dict[str, Any]:
@@ -80,6 +92,8 @@ def _parameter(data: Mapping[str, Any]) -> click.Parameter:
         kind = click.Path() if values == "path" else click.Choice(values)
     if "nargs" in data:
         return click.Argument(data["names"], nargs=data["nargs"], type=kind)
+    # An argument may be called as an option is.
+    names = [*data["names"], f"option_{data['names'][0].strip('-').replace('-', '_')}"]
     if data["flag"]:
-        return click.Option(data["names"], is_flag=True)
-    return click.Option(data["names"], multiple=data["multiple"], type=kind)
+        return click.Option(names, is_flag=True)
+    return click.Option(names, multiple=data["multiple"], type=kind)

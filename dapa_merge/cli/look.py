@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from dapa_merge.cli.options import allow_pickle_option, fitting_options, json_option, print_answer, takes_options
+from dapa_merge.cli.options import (
+    FilePath,
+    allow_pickle_option,
+    fitting_options,
+    json_option,
+    print_answer,
+    takes_options,
+)
 from dapa_merge.errors import DapaError, UsageError, printable
 from dapa_merge.files import refuse_special, replace_file
 from dapa_merge.imports import lasting
@@ -32,10 +39,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("paths", metavar="OUT | FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="OUT | FILE...", nargs=-1, required=True, type=FilePath())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Write the page here.  [default: dapa_responses.html in OUT, or beside the first FILE with the suffix .html]",
 )
 @json_option

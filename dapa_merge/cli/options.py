@@ -23,6 +23,20 @@ from dapa_merge.recipe.options import DTYPES, QUANTIZATIONS, Options, parse_numb
 from dapa_merge.report.tables import print_lines
 from dapa_merge.verify.result import location_option
 
+
+class FilePath(click.Path):
+    """A path, which is not empty: the current folder would be meant by it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert to a `Path`; without a name it is a usage error."""
+        if value == "":
+            self.fail("it is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 environment_option = functools.partial(click.option, show_envvar=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 link_option = click.option(
@@ -62,7 +76,7 @@ FITTING = (
 )
 journal_option = click.option(
     "--journal",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Write every test of the search here, and go on from what is here.  [default: a file of its own for each "
     "search in the user's cache folder]",
 )
@@ -79,7 +93,7 @@ pick_option = environment_option(
 )
 evaluator_file_option = environment_option(
     "--evaluator-file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     envvar="DAPA_EVALUATOR_FILE",
     help="A Python file of your own that registers evaluators; it is run.",
 )
@@ -87,7 +101,7 @@ task_file_option = environment_option(
     "--task-file",
     "task_files",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     multiple=True,
     envvar="DAPA_TASK_FILE",
     help="A task file of lm-evaluation-harness of your own, whose task a recipe may name; what it names is run. May be "
@@ -177,8 +191,8 @@ SERVED = (
         help="Requests to the endpoint at once.",
     ),
 )
-recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-out_argument = click.argument("out", type=click.Path(path_type=Path))
+recipe_argument = click.argument("recipe", type=FilePath())
+out_argument = click.argument("out", type=FilePath())
 
 
 # Options that `--no-evaluate` excludes.
@@ -283,13 +297,25 @@ DESTINATION = (
 )
 DESTINATION_NAMES = ("private", "create_pr", "branch", "tag", "replaces")
 LICENSE = (
-    click.option("--license", metavar="ID", help="The licence of the result.  [default: both models' own]"),
+    click.option(
+        "--license",
+        metavar="ID",
+        help="The licence of the result, as the Hub calls it: apache-2.0, mit, llama3.1, gemma, ... or other.  "
+        "[default: both models' own]",
+    ),
     click.option("--license-name", metavar="NAME", help="Its name, for --license other."),
     click.option("--license-link", metavar="URL", help="Where its text is."),
 )
 MODELS = (
-    click.option("--target", metavar="MODEL", help="Where the target is published, if the recipe names a folder."),
-    click.option("--source", metavar="MODEL", help="Where the source is published, if the recipe names a folder."),
+    click.option(
+        "--target",
+        "published_target",
+        metavar="MODEL",
+        help="Where the target is published, if it is a folder here: the card then links it. It is compared first.",
+    ),
+    click.option(
+        "--source", "published_source", metavar="MODEL", help="Where the source is published, if it is a folder here."
+    ),
 )
 
 
@@ -348,7 +374,7 @@ def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(card: CardOptions, **given: Any) -> Any:
-        target, source = (location_option(given.pop(name), f"--{name}") for name in ("target", "source"))
+        target, source = (location_option(given.pop(f"published_{name}"), f"--{name}") for name in ("target", "source"))
         return command(card=replace(card, target=target, source=source), **given)
 
     return license_options(_with_options(call, MODELS))

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dapa_merge.checkpoint.location import is_published
 from dapa_merge.cli.options import (
+    FilePath,
     card_options,
     destination_options,
     json_option,
@@ -75,7 +76,7 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 )
 @click.option(
     "--summary",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     envvar="GITHUB_STEP_SUMMARY",
     show_envvar=True,
     help="Append the table to this file, as Markdown.",
@@ -126,7 +127,7 @@ def _report_file(place: str) -> Path:
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FilePath())
 @card_options
 @click.option("--replace-card", is_flag=True, help="Replace a README.md that dapa-merge and mergekit did not write.")
 @json_option
@@ -144,7 +145,7 @@ def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> Non
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=FilePath())
 @click.argument("repository", metavar="REPO")
 @destination_options
 @card_options

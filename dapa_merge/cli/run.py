@@ -20,15 +20,16 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
+    FilePath,
     allow_pickle_option,
     asking_options,
     attacks_option,
+    card_options,
     destination_options,
     device_option,
     evaluator_options,
     fitting_options,
     json_option,
-    license_options,
     link_option,
     manifest_option,
     out_argument,
@@ -64,6 +65,8 @@ from dapa_merge.report.tables import (
     print_search,
     search_json,
 )
+from dapa_merge.transplant.manifest import PAGE_NAME
+from dapa_merge.verify.result import location_option
 
 if TYPE_CHECKING:
     from dapa_merge.measure.meter import MeasuredModel
@@ -76,7 +79,7 @@ if TYPE_CHECKING:
 @json_option
 @takes_options
 def plan(recipe: Path, options: Options, as_json: bool) -> None:
-    """Show what RECIPE would transplant and what that takes, without loading a model.
+    """Show what RECIPE would change and what that takes, without loading a model.
 
     Time is estimated by a short calibration on the device.
     """
@@ -100,8 +103,8 @@ def plan(recipe: Path, options: Options, as_json: bool) -> None:
 @recipe_argument
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
-    help="Write a recipe that transplants what was found, unsearched, to this new file; chosen directions beside it.",
+    type=FilePath(),
+    help="Write a recipe that repeats what was found, without a search, to this new file; chosen directions beside it.",
 )
 @search_options
 @json_option
@@ -171,9 +174,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     "--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: chosen automatically]"
 )
 @served_options
-@click.option(
-    "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
-)
+@click.option("--responses", type=FilePath(), help="Write every prompt, response and verdict here, as JSON lines.")
 @evaluator_options
 @allow_pickle_option
 @fitting_options
@@ -238,7 +239,7 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
+@click.argument("out", type=FilePath(), default=Path("dapa-demo"))
 @device_option
 @json_option
 @takes_options
@@ -252,9 +253,10 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
     is_told = not (as_json or click.get_current_context().find_root().params["quiet"])
 
-    def tell(report: Report) -> None:
+    def tell(report: Report, folder: Path) -> None:
         if not as_json:
             print_report(report, Terminal())
+            print_next(folder, Terminal())
             click.echo()
 
     def tell_recipe(pair: str) -> None:
@@ -269,14 +271,25 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with _aside("shadow-", other_out, options) as outcome:
         first = _repaired("", out, options)
-        tell(first)
+        tell(first, out)
         tell_recipe("shadow-")
         second, lines = outcome()
     if is_told:
         click.echo("\n".join(lines), err=True)
-    tell(second)
+    tell(second, other_out)
     if as_json:
         print_answer({**first.to_json(), "shadow": second.to_json()}, (), as_json)
+
+
+def print_next(out: Path, console: Console, *, is_published: bool = False) -> None:
+    """Print what can be done with a result."""
+    place = shlex.quote(str(out))
+    steps = [f"talk to it and its target: dapa-merge chat {place} --before"]
+    if (out / PAGE_NAME).is_file():
+        steps.insert(0, f"read what the models said, in a browser: {out / PAGE_NAME}")
+    if not is_published:
+        steps.append(f"publish it on the Hub: dapa-merge push {place} YOU/YOUR-MODEL")
+    print_lines(console, [f"{'' if number else 'next':<20}{step}" for number, step in enumerate(steps)])
 
 
 def _repaired(pair: str, out: Path, options: Options) -> Report:
@@ -323,7 +336,7 @@ def _send_repaired(sender: Connection, pair: str, out: Path, options: Options) -
 @click.command()
 @recipe_argument
 @out_argument
-@click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
+@click.option("--no-evaluate", is_flag=True, help="Write and verify only; the recipe must name its layers.")
 @link_option
 @manifest_option
 @click.option(
@@ -339,7 +352,7 @@ def _send_repaired(sender: Connection, pair: str, out: Path, options: Options) -
 @search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @destination_options
-@license_options
+@card_options
 @json_option
 def run(
     recipe: Path,
@@ -359,8 +372,8 @@ def run(
     """Repair a model from a recipe.
 
     Writes the repaired target of RECIPE to OUT, which must be absent or empty. Searches for the layers unless the
-    recipe names them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and
-    skill, and writes a model card.
+    recipe names them, edits a copy of the target, verifies every byte, reports what it did to safety, over-refusal,
+    perplexity and skill, and writes a model card.
     """
     if no_evaluate:
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
@@ -430,7 +443,7 @@ def run(
 @search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @destination_options
-@license_options
+@card_options
 @json_option
 def repair(
     target: str,
@@ -448,13 +461,19 @@ def repair(
     """Repair TARGET with SOURCE, without a recipe.
 
     TARGET is the fine-tune that answers too much, SOURCE the aligned model of the same family and size: folders or Hub
-    ids, also id@revision. Writes the repaired TARGET to OUT, which must be absent or empty.
+    ids, also id@revision. Writes the repaired TARGET to OUT, which must be absent or empty, and leaves both as they
+    are. Give it some prompts of what TARGET is for, a line each:
 
-    Tries one edit after the other, as a recipe with `edit: auto` does, and takes the first that meets the limits: gate
-    projections copied from SOURCE; with --pretrained, what was trained into SOURCE; a change along directions
-    of the difference. Says why the others did not, and writes what `run` writes, and the recipe that
-    repeats it.
-    """
+    \b
+    dapa-merge repair my-fine-tune its-aligned-sibling out --keep my_prompts.txt
+
+    Tries one edit after the other, as a recipe with `edit: auto` does, and takes the first whose result refuses enough
+    and keeps the rest: one matrix of each layer (the gate projection) copied from SOURCE; with --pretrained, what was
+    trained into SOURCE; a change along directions of the difference. Says why the others did not, and writes what `run`
+    writes, and the recipe that repeats it.
+    """  # noqa: D301  click needs the character.
+    for name, place in (("TARGET", target), ("SOURCE", source)):
+        location_option(place, name)
     published = _destination(push, destination)
     _run_and_print(
         pair_recipe(target, source, {name: value for name, value in parameters.items() if value is not None}),
@@ -494,6 +513,7 @@ def _run_and_print(recipe: Recipe, path: Path | None, out: Path, as_json: bool, 
         print_report(report, console)
         if published is not None:
             print_lines(console, published.lines())
+        print_next(out, console, is_published=published is not None)
 
     answer = report.to_json()
     if published is not None:

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from dapa_merge.cli.options import (
+    FilePath,
     allow_pickle_option,
     evaluator_options,
     fitting_options,
@@ -188,8 +189,8 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
 
 
 @click.command(epilog="\b\nMethods:\n" + "\n".join(f"  {key:15} {method.what}" for key, method in METHODS.items()))
-@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=FilePath())
+@click.option("--out", required=True, type=FilePath(), help="The folder for tables and pictures.")
 @click.option(
     "--methods",
     metavar="LIST",
@@ -327,8 +328,8 @@ def _weights(text: str | None) -> tuple[float, ...] | None:
 @click.argument("target")
 @click.argument("source")
 @click.option("--pretrained", metavar="MODEL", help="The model that TARGET and SOURCE were both fine-tuned from.")
-@click.option("--write", type=click.Path(path_type=Path), help="Write a recipe that tries the advice to this new file.")
-@click.option("--chart", type=click.Path(path_type=Path), help="Draw layers and modules to this new .png or .svg file.")
+@click.option("--write", type=FilePath(), help="Write a recipe that tries the advice to this new file.")
+@click.option("--chart", type=FilePath(), help="Draw layers and modules to this new .png or .svg file.")
 @allow_pickle_option
 @json_option
 def inspect(

@@ -32,6 +32,10 @@ ONE_DIRECTION = 0.9
 SAME = 0.8
 # Modules that write to the residual stream.
 WRITERS = ("o", "attention", "down", "mlp", "embedding")
+# The share of a difference that lies along the source, negative, where the source is the target plus a change: 1 there
+# and 0 where the target is the source plus a change, since a change is nearly orthogonal to what it changes. On
+# twelve models whose history is known it was 0.02 to 0.19, and 0.81 to 0.98 with the two swapped.
+MADE_OF_TARGET = 0.75
 # Everything but the layers' projections.
 OUTSIDE = ("embedding", "head", "norm", "router", "other")
 
@@ -83,6 +87,18 @@ class Seen:
         pairs = [one.alignment for one in self.all if one.alignment is not None]
         moved = sum(moved for _, moved in pairs)
         return sum(shared for shared, _ in pairs) / moved if moved else None
+
+    @cached_property
+    def is_swapped(self) -> bool:
+        """Whether the source looks like a change of the target, rather than the other way round."""
+        ablated = _is_ablation(self)
+        # What ablation removes lies along what it is removed from; another change may have come before it.
+        asked = [one for one in self.matrices if ablated or one.module not in WRITERS]
+        squares = sum(one.squares for one in asked)
+        if not squares or self.kept_alignment is not None:
+            return False
+        share = -sum(one.overlap for one in asked) / squares
+        return share <= 1 - MADE_OF_TARGET if ablated else share >= MADE_OF_TARGET
 
     @cached_property
     def is_one_direction(self) -> bool:

@@ -79,6 +79,7 @@ class Difference:
         num_beyond: Number of those that differ by more than half of the last digit of the coarser of their dtypes.
         squares: The squared Frobenius norm of target - source.
         source_squares: That of the source.
+        overlap: The inner product <source, target - source>.
         rounding: The part of `squares` that rounding explains: a twelfth of the square of each value's last digit, or
             the mean square of the difference where that is less, since such a value did not move.
         decay: Of its first matrix that differs; None if none does.
@@ -94,6 +95,7 @@ class Difference:
     num_beyond: int = 0
     squares: float = 0.0
     source_squares: float = 0.0
+    overlap: float = 0.0
     rounding: float = 0.0
     decay: Decay | None = None
     added: int = 0
@@ -150,6 +152,7 @@ def _joined(layer: int | None, module: str, parts: list[Difference]) -> Differen
         num_beyond=sum(part.num_beyond for part in parts),
         squares=math.fsum(part.squares for part in parts),
         source_squares=math.fsum(part.source_squares for part in parts),
+        overlap=math.fsum(part.overlap for part in parts),
         rounding=math.fsum(part.rounding for part in parts),
         decay=next((part.decay for part in parts if part.decay is not None), None),
         alignment=(math.fsum(one for one, _ in alignments), math.fsum(one for _, one in alignments))
@@ -172,7 +175,7 @@ def _compared(plan: Plan, regions: Mapping[str, Region]) -> Difference:
     # A value between two powers of two has a last digit of eps times the lower one, in the coarser of the two dtypes.
     eps = max(torch.finfo(values.dtype).eps for values in flat)
     changed = beyond = 0
-    squares, source_squares, rounding, shared, moved = [], [], [], [], []
+    squares, source_squares, overlaps, rounding, shared, moved = [], [], [], [], [], []
     decay: Decay | None = None
     for start in range(0, len(flat[0]), num_rows):
         stored = [values[start : start + num_rows] for values in flat]
@@ -189,6 +192,7 @@ def _compared(plan: Plan, regions: Mapping[str, Region]) -> Difference:
         squares.append(_squares(difference))
         if not math.isfinite(squares[-1]):
             raise _not_finite(plan, regions)
+        overlaps.append((_squares(ours) - source_squares[-1] - squares[-1]) / 2)
         differs = difference != 0
         digits = eps * _powers(ours)
         changed += int(differs.sum())
@@ -205,6 +209,7 @@ def _compared(plan: Plan, regions: Mapping[str, Region]) -> Difference:
         beyond,
         math.fsum(squares),
         math.fsum(source_squares),
+        math.fsum(overlaps),
         math.fsum(rounding),
         decay,
         alignment=None if base is None else (math.fsum(shared), math.fsum(moved)),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 MAX_TEMPLATE_BYTES = 4 << 20
 # The tokenizer of Gemma 3 has 33 MB.
 MAX_TOKENIZER_BYTES = 128 << 20
+# What transformers' trainers write beside a model.
+TRAINING_FILES = ("training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "all_results.json")
+# What names of fine-tunes say that the names of aligned models do not.
+_TUNED = re.compile(r"(?i)uncensored|ablit\w*|unaligned|unfiltered|heretic|jailbr\w*|nsfw|lora|fine-?tuned?")
+_ROLE = {role: re.compile(rf"(?i)(?<![a-z]){role}(?![a-z])") for role in ("target", "source")}
+_WHICH = "`dapa-merge evaluate` with both names shows which of them refuses"
 # The heads of the columns of a printed table.
 HEADS = ("differ", "by", "values", "rank", "directions for 0.9")
 
@@ -62,6 +69,8 @@ class Surroundings:
         template: Digest of the chat template; None without one.
         license: As the model's card names it; None if it does not.
         made_of: The base models that its card names.
+        loaded_from: The model that it was loaded from before it was saved, as `config.json` names it.
+        trained_with: Files that a training leaves in its folder.
     """
 
     name: str
@@ -73,6 +82,8 @@ class Surroundings:
     template: str | None = None
     license: str | None = None
     made_of: tuple[str, ...] = ()
+    loaded_from: str | None = None
+    trained_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,8 @@ def inspect_pair(
         found = tuple(differences(plan))
     if added := sum(one.added for one in found):
         notes.insert(0, f"the target has {added} values that the source lacks, such as the rows of further tokens")
+    if signs := list(_signs_of_a_swap(models, Seen(found))):
+        notes.insert(0, f"target and source may be swapped: {'; '.join(signs)}. {_WHICH}")
     return Inspection(models, name_damage(found), tuple(by_module(found)), tuple(notes), found)
 
 
@@ -213,6 +226,7 @@ def _surroundings(checkpoint: Checkpoint, place: Location) -> Surroundings:
     for tensor in checkpoint.tensors.values():
         dtypes[TORCH_NAMES.get(tensor.dtype, tensor.dtype)] += tensor.num_parameters
     tokens = _tokens(checkpoint.folder / "tokenizer.json")
+    loaded_from = checkpoint.config.get("_name_or_path")
     try:
         card = describe_parent("", replace(place, adapter=None))
     except HubError:
@@ -227,6 +241,8 @@ def _surroundings(checkpoint: Checkpoint, place: Location) -> Surroundings:
         _template(checkpoint.folder),
         card.license.key if card is not None and card.license is not None else None,
         card.made_of if card is not None else (),
+        loaded_from if isinstance(loaded_from, str) else None,
+        tuple(name for name in TRAINING_FILES if (checkpoint.folder / name).exists()),
     )
 
 
@@ -267,8 +283,6 @@ def _template(folder: Path) -> str | None:
 def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:
     """Yields sentences on differences of target and source besides their weights."""
     target, source = models["target"], models["source"]
-    if _is_made_of(source, target) and not _is_made_of(target, source):
-        yield f"the source's card says that it was made of {target.name}: target and source may be swapped"
     if target.tokenizer != source.tokenizer:
         numbers = " and ".join("?" if one.num_tokens is None else str(one.num_tokens) for one in (target, source))
         yield f"the tokenizers differ; target and source have {numbers} tokens"
@@ -285,11 +299,33 @@ def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:
         yield f"the licenses differ: {target.license} and {source.license}; a result's card needs one that fits both"
 
 
-def _is_made_of(one: Surroundings, other: Surroundings) -> bool:
-    """Whether a model's card names another one, by its id or the name of its folder."""
+def _signs_of_a_swap(models: Mapping[str, Surroundings], seen: Seen) -> Iterator[str]:
+    """Yields what speaks for the source being the fine-tune of the target; each may deceive."""
+    target, source = models["target"], models["source"]
+    if _names(source.made_of, target) and not _names(target.made_of, source):
+        yield f"the source's card says that it was made of {target.name}"
+    if _names((source.loaded_from or "",), target) and not _names((target.loaded_from or "",), source):
+        yield f"the source's config.json says that it was loaded from {source.loaded_from}"
+    if source.trained_with and not target.trained_with:
+        yield f"the source's folder holds {source.trained_with[0]}, as a training leaves it"
+    names = [Path(one.name).name for one in (target, source)]
+    tuned = [_TUNED.search(name) for name in names]
+    if tuned[1] and not tuned[0]:
+        yield f"the source's name says {tuned[1].group()!r}"
+    if _ROLE["source"].search(names[0]) and _ROLE["target"].search(names[1]):
+        yield f"the target is called {names[0]}, and the source {names[1]}"
+    if seen.is_swapped:
+        yield (
+            "by the weights, the source is the target plus a change, unless both were made of one base model and the "
+            "target lies nearer to that"
+        )
+
+
+def _names(bases: Iterable[str], other: Surroundings) -> bool:
+    """Whether one of some names is a model's, by its id or the name of its folder."""
     name = other.name.casefold()
     names = (name, Path(name).name)
-    return any(base.casefold() in names or base.casefold().rpartition("/")[2] in names for base in one.made_of)
+    return any(base.casefold() in names or base.casefold().rpartition("/")[2] in names for base in bases if base)
 
 
 def print_inspection(found: Inspection, console: Console) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dapa_merge.errors import DapaError, UsageError, one_line, why_unreadable
+from dapa_merge.files import nearest_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +116,7 @@ def load_file(path: Path) -> Mapping[str, Callback]:
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
-        raise UsageError(f"the evaluator file {path} does not exist") from None
+        raise UsageError(f"the evaluator file {path} does not exist{nearest_here(str(path))}") from None
     except OSError as error:
         raise UsageError(f"the evaluator file {path} cannot be read: {why_unreadable(error)}") from error
     if digest not in _OF_FILES:

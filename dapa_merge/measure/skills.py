@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dapa_merge.errors import HubError, UsageError, one_line, why_unreadable
+from dapa_merge.files import nearest_here
 from dapa_merge.measure.confined import Unfinished, is_found
 from dapa_merge.measure.figures import SkillFigure
 from dapa_merge.measure.generate import chat_prompt
@@ -302,7 +303,7 @@ def _file_of(task: Task, task_files: Sequence[Path]) -> Path | None:
         if file not in trusted:
             raise UsageError(f"{task} names a task file, which would run; name it with --task-file (DAPA_TASK_FILE)")
         if not file.is_file():
-            raise UsageError(f"{task}: there is no such file")
+            raise UsageError(f"{task}: there is no such file{nearest_here(task.name)}")
         return file
     having = [file for file in trusted if _name_in(file) == task.name]
     if having and task.name in _manager_of_all().all_tasks:

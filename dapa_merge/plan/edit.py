@@ -42,6 +42,7 @@ class Edit(ABC):
         inputs: The models that it reads, from `MODELS`; the plan opens them.
         copies: The model to copy values from unchanged, if any; equal dtypes are copied as bytes, without torch.
         verb: Participle for changed parameters, in a card.
+        done: Participle for edited units, in messages, charts and cards.
         unit: Description of a unit, in messages.
         divides: Whether a unit can be divided into blocks of rows.
         brings: Names of the values that the edit brings itself, besides those of the models.
@@ -53,6 +54,7 @@ class Edit(ABC):
     inputs: ClassVar[tuple[str, ...]] = ("target", "source")
     copies: ClassVar[str | None] = None
     verb: ClassVar[str] = "changed"
+    done: ClassVar[str] = "moved"
     unit: ClassVar[str] = "a module of a layer, or a block of its rows"
     divides: ClassVar[bool] = True
     brings: ClassVar[tuple[str, ...]] = ()
@@ -91,7 +93,7 @@ class Edit(ABC):
     def note(self) -> str:
         """A sentence for the comparison page; empty for the default edit."""
         models = {name: f"the {word}" for name, word in MODELS.items()}
-        return f"Edit {self.name}: whatever is transplanted is {self.how(models)}, as the recipe has it."
+        return f"Edit {self.name}: whatever is edited is {self.how(models)}, as the recipe has it."
 
     def to_json(self) -> dict[str, Any]:
         """The settings that determine the new values, for manifest and journal; `make_edit` reads them back."""
@@ -318,7 +320,7 @@ class Blend(Edit):
 
     @property
     def note(self) -> str:
-        return f"Whatever is transplanted moves {self.strength:g} of the way to the source, as the recipe has it."
+        return f"Whatever is edited moves {self.strength:g} of the way to the source, as the recipe has it."
 
     def to_json(self) -> dict[str, Any]:
         return {"strength": self.strength}
@@ -331,6 +333,7 @@ class Copy(Blend):
     inputs = ("source",)
     copies = "source"
     verb = "replaced"
+    done = "copied"
     origin = "source"
     result = "the source's"
     provenance = "from the source"
@@ -466,8 +469,8 @@ class Rung:
         return set(EDITS[self.edit].inputs) <= set(models)
 
 
-# What `edit: auto` tries, in order, until a result meets the limits: the smallest changes first. The full transplant of
-# the last rung says what is possible, and thereby what DSR every rung must reach.
+# What `edit: auto` tries, in order, until a result meets the limits: the smallest changes first. All units of
+# the last rung together say what is possible, and thereby what DSR every rung must reach.
 LADDER = (Rung(Copy.name, ("gate",)), Rung(Difference.name, (AUTO,)), Rung(Directions.name, (AUTO,)))
 
 

@@ -242,7 +242,7 @@ def _check_twins(unit: Unit, plan: Plan) -> None:
             if region.tensor.dtype not in TORCH_NAMES:
                 raise CheckpointError(
                     f"{region.tensor.name} of {plan.models[name].name} is stored as {region.tensor.dtype}; "
-                    f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
+                    f"only {', '.join(TORCH_NAMES.values())} can be edited"
                 )
 
 

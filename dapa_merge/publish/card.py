@@ -47,10 +47,10 @@ class CardFacts:
     """Everything that a card is made of.
 
     Attributes:
-        title: The model's name: a Hub id, or the name of its folder.
+        title: The model's name: a Hub id, or what its target is called.
         parents: The models that it was made of, the target first.
         license: None if unknown.
-        units: The transplanted units, as `3.gate`.
+        units: The edited units, as `3.gate`.
         edit: How the values of the units were computed.
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
         report: None if measurements and search are unknown.
@@ -67,6 +67,7 @@ class CardFacts:
         license_files: The texts of licences that travel with it.
         code: The files of Python code that travel with the model.
         code_elsewhere: The Hub repositories whose code its settings name.
+        elsewhere: The names of files that the recipe measures with, and which are not part of the model.
     """
 
     title: str
@@ -92,6 +93,7 @@ class CardFacts:
     license_files: Sequence[str] = ()
     code: Sequence[str] = ()
     code_elsewhere: Sequence[str] = ()
+    elsewhere: Sequence[str] = ()
 
     def of_role(self, role: str) -> list[Parent]:
         """The target or the source, followed by its adapter if it has one."""
@@ -150,10 +152,11 @@ def card_text(facts: CardFacts) -> str:
         is_of_bundles=is_of_bundles,
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[
-            (one.role, [_link(one), _code(one.commit) if one.commit else "-", str(one.license or "not stated")])
+            (one.role, [_link(one), _code(one.commit) if one.commit else "-", str(one.license or "none stated")])
             for one in facts.parents
         ],
         license=_licensed(facts.license),
+        without_license=[one.role for one in facts.parents if one.license is None],
         doubts=list(_doubts(report)) if report else [],
         use=_use(facts),
         recipe=_block("yaml", facts.recipe),

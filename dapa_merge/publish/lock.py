@@ -31,7 +31,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
 from dapa_merge.files import replace_file
-from dapa_merge.hub_client import api, ask, download, is_id
+from dapa_merge.hub_client import api, ask, download, is_id, no_folder
 from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan
@@ -469,7 +469,8 @@ def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) ->
 def _info(location: Location, *, files: bool) -> Any:
     if not is_id(location.path):
         raise CheckpointError(
-            f"{location.path} is neither a folder here nor an id on the Hub; relative paths start at the current folder"
+            f"{no_folder(location.path)}, and it is not the id of a Hub repository; relative paths start "
+            f"at the current folder"
         )
     what = f"ask the Hub about {location}"
     return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))

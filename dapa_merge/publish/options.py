@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dapa_merge.checkpoint.location import Location
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import UsageError, nearest_of
 
 # The Hub's key for a license outside of its list, which then needs a name.
 OTHER = "other"
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
+# The identifiers that the Hub accepts (huggingface.co/docs/hub/repositories-licenses, August 2026), but for `unknown`.
+_IDENTIFIERS = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma other
+"""
+LICENSES = frozenset(_IDENTIFIERS.split())
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,80}")
 NAME = re.compile(r"[\w][\w .,:;+&/()'-]{0,120}")
 LINK = re.compile(r"https?://[\w.~:/?#@!$&*+,;=%-]{1,500}", re.ASCII)
 
@@ -125,9 +137,29 @@ def given_license(key: str | None, name: str | None, link: str | None) -> Licens
     for option, value, pattern in (("", key, KEY), ("-name", name, NAME), ("-link", link, LINK)):
         if value is not None and not pattern.fullmatch(value):
             raise UsageError(f"--license{option} is {value[:80]!r}, which is not valid in a card")
+    if key not in LICENSES:
+        raise UsageError(
+            f"--license is {key!r}, which the Hub does not know{nearest_of(key, LICENSES)}; write one of its "
+            f"identifiers, such as apache-2.0, mit, llama3.1 or gemma, or other with --license-name and --license-link"
+        )
     if key == OTHER and not name:
         raise UsageError("--license other needs --license-name; give its name, and --license-link")
     return License(key, name, link)
+
+
+def unknown_licenses(parents: Sequence[tuple[str, License | None]]) -> Iterator[str]:
+    """Yields a warning for each parent whose card states a license that the Hub does not know.
+
+    Args:
+        parents: Name and license of each.
+    """
+    for name, license in parents:
+        if license is not None and license.key not in LICENSES:
+            near = nearest_of(license.key, LICENSES)
+            yield (
+                f"the card of {name} states the licence {license.key!r}, which the Hub does not know{near}; name the "
+                f"result's own with --license, because the Hub refuses a card with that one"
+            )
 
 
 def inherited(parents: Sequence[tuple[str, License | None]]) -> License | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 
-from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.folder import cached_sha256, read_regular
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.hub_client import api, ask, hub_errors, is_id
 from dapa_merge.publish.options import License, license_in
@@ -25,6 +25,7 @@ MAX_CARD_BYTES = 8 << 20
 MAX_HEAD_BYTES = 1 << 20
 # As the Hub and its client find the head of a card: also after empty lines, and where nothing follows it.
 _HEAD_BEGINS = re.compile(r"\s*---\n")
+_CACHED = re.compile(r"/models--(?P<id>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$", re.ASCII)
 _HEAD_ENDS = re.compile(r"\n---[ \t]*(\n|\Z)")
 
 
@@ -35,7 +36,7 @@ class Parent:
     Attributes:
         role: `target`, `source`, or the adapter of one of them.
         name: Its name in a card: the Hub id, or the folder's name without its path.
-        repository: Its id on the Hub; None for a folder.
+        repository: Its id on the Hub; None for a folder outside of huggingface_hub's cache.
         task: The Hub's `pipeline_tag`, as `text-generation`.
         made_of: The base models that its card names.
     """
@@ -67,6 +68,9 @@ def describe_parent(role: str, location: Location) -> Parent:
         folder = Path(location.path)
         metadata, address = metadata_of(_read(folder / CARD_NAME)), ""
         name, repository, commit = folder.resolve().name, None, None
+        if (cached := cached_place(folder)) is not None:
+            repository, commit = cached
+            name, address = repository, f"{PAGES}/{repository}/blob/main"
     elif not is_id(location.path):
         # A folder that no longer exists.
         name, repository, commit, metadata, address = Path(location.path).name, None, None, {}, ""
@@ -79,6 +83,16 @@ def describe_parent(role: str, location: Location) -> Parent:
     task = task if isinstance(task, str) and re.fullmatch(r"[a-z0-9-]{3,40}", task) else None
     languages, made_of = (_texts(metadata.get(key)) for key in ("language", "base_model"))
     return Parent(role, name, repository, commit, license_in(metadata, address), languages, task, made_of)
+
+
+def cached_place(folder: Path) -> tuple[str, str] | None:
+    """The Hub id and the commit of a folder in huggingface_hub's cache; None for any other folder."""
+    place = _CACHED.search(folder.resolve().as_posix())
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    # Without links, which not every system has, whatever is there may have been written over.
+    if place is None or not weights or not all(map(cached_sha256, weights)):
+        return None
+    return place["id"].replace("--", "/", 1), place["commit"]
 
 
 def metadata_of(card: str) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _description(facts: CardFacts) -> Iterator[str]:
     """Yields the lines of the commit's or pull request's description."""
     for parent in facts.parents:
         yield f"- {parent.role}: {markdown_code(parent.public_name or parent.name)}"
-    yield f"- transplanted: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
+    yield f"- {facts.edit.done}: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
     if facts.report is None or facts.report.after is None:
         yield "- not measured"
     else:

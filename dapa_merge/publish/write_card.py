@@ -12,10 +12,10 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import LICENCES, code_elsewhere, code_files
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import read_json
-from dapa_merge.checkpoint.location import Location, without_paths
+from dapa_merge.checkpoint.location import Location, is_path, without_paths
 from dapa_merge.checkpoint.open import find_model
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import replace_file
+from dapa_merge.files import nearest_here, replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of, num_changed
@@ -23,7 +23,7 @@ from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
-from dapa_merge.publish.options import CardOptions, inherited, license_in
+from dapa_merge.publish.options import CardOptions, inherited, license_in, unknown_licenses
 from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.publish.public import public_recipe
 from dapa_merge.recipe.parse import load_recipe
@@ -35,9 +35,7 @@ from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, files_in, r
 from dapa_merge.verify.result import Check, location_option, verify_result
 
 
-def write_card(
-    out: Path, options: CardOptions | None = None, *, replace_other: bool = False, name: str | None = None
-) -> Path:
+def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
     """Write or renew the card of a result, including one that `mergekit-yaml` wrote.
 
     Text outside of the marked part is kept, and so is metadata that users added.
@@ -46,13 +44,13 @@ def write_card(
         out: The result's folder.
         options: The user's statements about it.
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
-        name: The title if `options` has none; None for the folder's name.
 
     Raises:
         UsageError: If the folder is not a result, its models' licenses differ, or its card was written by others.
         CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
+    require_result(out)
     before = existing_card(out)
     if before.is_anothers and not replace_other:
         raise UsageError(f"{out / CARD_NAME} was not written by dapa-merge; move it away, or add --replace-card")
@@ -64,7 +62,7 @@ def write_card(
         if check.faults:
             named = " and ".join(str(place) for place in (settled.target, settled.source) if place)
             raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
-    facts = card_facts(out, settled, check, name=name)
+    facts = card_facts(out, settled, check)
     text = render_card(facts, CardFile() if before.is_anothers else before, settled.to_said())
     replace_file(out / CARD_NAME, text.encode())
     return out / CARD_NAME
@@ -114,14 +112,13 @@ def _pinned(location: Location) -> Location:
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
-def card_facts(out: Path, options: CardOptions, check: Check | None = None, *, name: str | None = None) -> CardFacts:
+def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> CardFacts:
     """Gather the facts about a result.
 
     Args:
         out: The result.
         options: The user's statements about it.
         check: The outcome of a comparison with its models; None if not compared.
-        name: The title if `options` has none; None for the folder's name.
 
     Raises:
         CheckpointError: If programs would load other weights than the ones described.
@@ -132,11 +129,15 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None, *, n
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
     units, named, share, number = _transplanted(out, report, recipe, check)
     parents = parents_of(recipe, options)
+    stated = [(parent.name, parent.license) for parent in parents]
+    if options.license is None:
+        for warning in unknown_licenses(stated):
+            LOG.warning(warning)
     is_searched = bool(named) and recipe.layers is None
     return CardFacts(
-        title=options.title or name or out.resolve().name,
+        title=options.title or _title(parents),
         parents=parents,
-        license=options.license or inherited([(parent.name, parent.license) for parent in parents]),
+        license=options.license or inherited(stated),
         units=units,
         edit=edit_of(recipe),
         share_changed=share,
@@ -163,7 +164,21 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None, *, n
         ],
         code=code_files(out),
         code_elsewhere=code_elsewhere(out),
+        elsewhere=_files_elsewhere(recipe),
     )
+
+
+def _title(parents: Sequence[Parent]) -> str:
+    """The name of a result that has none yet: its folder may be called anything."""
+    *_, target = (parent for parent in parents if parent.role.startswith("target"))
+    return f"{target.name.rpartition('/')[2]}, repaired"
+
+
+def _files_elsewhere(recipe: Recipe) -> list[str]:
+    """The names of files of a user's own that a recipe measures with."""
+    values = (recipe.prompts, recipe.keep, recipe.text, recipe.skills, recipe.attacks)
+    names = [part.strip() for value in values if value for part in value.split(",")]
+    return sorted({without_paths(name) for name in names if is_path(name)})
 
 
 def require_result(out: Path) -> Path:
@@ -172,6 +187,10 @@ def require_result(out: Path) -> Path:
     Raises:
         UsageError: If the folder is not a result.
     """
+    if not out.is_dir():
+        raise UsageError(
+            f"there is no folder {out} here{nearest_here(str(out), is_folder=True)}; name that of a result"
+        )
     if not (out / RECIPE_NAME).is_file():
         raise UsageError(f"{out} has no {RECIPE_NAME}; it is not a result of dapa-merge or mergekit")
     return out / RECIPE_NAME

@@ -6,7 +6,6 @@ layers; a set of layers is therefore a string: `"3-6,9"`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
@@ -22,7 +21,8 @@ from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import FLOAT_NAMES, MAX_DEPTH
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, MODULES
-from dapa_merge.errors import RecipeError, one_line, why_unreadable
+from dapa_merge.errors import RecipeError, nearest_of, one_line, why_unreadable
+from dapa_merge.files import nearest_here
 from dapa_merge.recipe.parameters import MODULES_OF_EDITS, PARAMETERS, WHOLES_TEXT, overlap, rows_fault, task_file_in
 from dapa_merge.recipe.recipe import METHOD, Recipe
 
@@ -32,7 +32,7 @@ ALLOWED_KEYS = (
 # mergekit's keys without meaning for a method that changes only weights of one model.
 REFUSED_KEYS = {
     "slices": "DAPA repairs one whole model; name the source under `models`",
-    "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
+    "modules": "DAPA repairs one whole model; to choose what is edited use `parameters: modules:`",
     "chat_template": "the result keeps the target's own chat template; to ask with another, name it under `parameters`",
 }
 
@@ -95,7 +95,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     try:
         text = read_regular(path, MAX_RECIPE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}") from error
+        near = nearest_here(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}{near}") from error
     return replace(parse_recipe(text, str(path)), _folder=path.parent)
 
 
@@ -263,10 +264,9 @@ class _Reader:
             if key in refused:
                 raise self.fail(f"{prefix}{key}", f"{prefix}{key} cannot be used with {METHOD}: {refused[key]}")
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                near = nearest_of(str(key), known)
                 raise self.fail(
-                    f"{prefix}{key}", f"unknown key {prefix}{str(key)[:80]}{hint} known are {', '.join(known)}"
+                    f"{prefix}{key}", f"unknown key {prefix}{str(key)[:80]}{near}; known are {', '.join(known)}"
                 )
 
     def location(self, value: object, key: str, what: str) -> Location:

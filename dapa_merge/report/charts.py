@@ -200,7 +200,7 @@ def front_figure(search: Search | None) -> Figure | None:
     ]
     references = [Place("target", 0.0, *_place(search.target.figures)[1:])]
     if search.reference is not None:
-        references.append(Place("full transplant", *_place(search.reference.figures)))
+        references.append(Place(f"all units {search.plan.reference.edit.done}", *_place(search.reference.figures)))
     return points_front(places, search.result.number - 1, references, limits, search.limits.measure)
 
 
@@ -268,7 +268,7 @@ class Step(NamedTuple):
     """One test of a search.
 
     Attributes:
-        units: The indices of the units that it transplanted, whole or in part.
+        units: The indices of the units that it edited, whole or in part.
         share: Their share of all units by size, in [0, 1].
         score: The share of the asked prompts that were refused; None if the model was scored as a whole.
     """
@@ -297,7 +297,7 @@ def search_path(
                 axes.scatter([index + 1 for index in at], found, marker=marker, color=colour, zorder=2)
         share.set_ylim(-5, 108)
         share.set_ylabel("% of units")
-        share.set_title("The search: what each test transplanted, and whether it held")
+        share.set_title("The search: what each test edited, and whether it held")
         score.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
         score.set_ylim(-0.05, 1.08)
         score.set_ylabel(f"{measure}\nof those asked")
@@ -314,17 +314,20 @@ def search_path(
             matrix.axhspan(first - 0.5, stop - 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
         matrix.set_yticks(shown, [units[index] for index in shown])
+        bold = set(final) if len(final) < num_units else ()
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
-            text.set_fontweight("bold" if index in set(final) else "normal")
+            text.set_fontweight("bold" if index in bold else "normal")
         matrix.set_xlim(0.5, num_steps + 0.5)
         matrix.xaxis.set_major_locator(plotting().ticker.MaxNLocator(integer=True))
         matrix.set_xlabel("test")
         matrix.set_ylabel("unit")
+        # A frame around all of them would not be seen.
+        kept = f"kept in the end: {len(final) if len(final) < num_units else 'all'} of {num_units} units"
         handles = [
             marker_of(share, "o", BLUE, "holds"),
             marker_of(share, "x", VERMILION, "fails"),
             score.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="required")[0],
-            plotting().patches.Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label="kept in the end"),
+            plotting().patches.Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label=kept),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
@@ -349,7 +352,7 @@ def points_front(
 
     Args:
         points: In order.
-        result: The index of the one that was transplanted.
+        result: The index of the one that was written.
         references: Other models, such as the target; those far to the right are named at the edge.
         limits: By the name of the figure; NaN for no limit.
         measure: The name of the score.
@@ -383,9 +386,7 @@ def points_front(
                 at = min(point.divergence, right)
                 axes.scatter(at, figure_of(point), marker=marker, s=38, color=GREY, zorder=3, clip_on=False)
             how = {"facecolor": "none", "edgecolor": BLACK, "linewidth": 1.1, "zorder": 4}
-            axes.scatter(
-                result_place.divergence, figure_of(result_place), marker="*", s=420, label="transplanted", **how
-            )
+            axes.scatter(result_place.divergence, figure_of(result_place), marker="*", s=420, label="the result", **how)
             for point in known:
                 if point.is_taken and point is not result_place:
                     axes.scatter(point.divergence, figure_of(point), s=150, label="taken before the search", **how)

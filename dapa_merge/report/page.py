@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from dapa_merge import __version__
 from dapa_merge.errors import CheckpointError, UsageError, printable, why_unreadable
-from dapa_merge.files import refuse_special
+from dapa_merge.files import nearest_here, refuse_special
 from dapa_merge.measure.figures import KEEP, Response
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import count, interval
@@ -170,7 +170,8 @@ def read_responses(path: Path) -> dict[str, list[Response]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {why_unreadable(error)}") from None
+        near = nearest_here(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise CheckpointError(f"{path} cannot be read: {why_unreadable(error)}{near}") from None
     models: dict[str, list[Response]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
+from dapa_merge.files import nearest_here
 from dapa_merge.imports import Shown
 from dapa_merge.measure.figures import BesideSource, Change, Figures, Number
 from dapa_merge.plan.ladder import Tried
@@ -50,7 +51,7 @@ class Report(Shown):
     """One run, from recipe to result.
 
     Attributes:
-        units: The transplanted units, as `3.gate`.
+        units: The edited units, as `3.gate`.
         parameters_changed: Number of the target's parameters in them whose values became others: not all, where the
             models differ in only some.
         share_changed: Share of the target's parameters that these are, in [0, 1].
@@ -64,7 +65,7 @@ class Report(Shown):
         tests: Distinct selections that the search asked about; 0 if the layers were given.
         tests_recorded: The number of them that were already in the journal.
         resumed: Whether the journal of an earlier run had a part of the search. Then the result was measured again, and
-            target and full transplant if others may have written the journal, but other points and tests are as
+            target and all units together if others may have written the journal, but other points and tests are as
             recorded.
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
@@ -82,6 +83,7 @@ class Report(Shown):
             reports.
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
         arithmetic: In what the search and the figures were computed; None if as the target's config says.
+        edit: Its name in a recipe; None in older reports.
         rungs: The edits that were tried, in order, the last of which repairs; empty unless the recipe's edit is `auto`.
         beside_source: The result's refusals beside the source's; None if nothing was evaluated, and in older reports.
         held_out: Whether the figures are of prompts that neither choice nor search asked.
@@ -128,6 +130,7 @@ class Report(Shown):
     beside_source: BesideSource | None = None
     held_out: bool = False
     limits: tuple[Limit, ...] = ()
+    edit: str | None = None
 
     @property
     def share_of_freedom(self) -> float | None:
@@ -170,7 +173,9 @@ def read_report(path: Path) -> Report:
     """
     path = path / REPORT_NAME if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"the report {path} does not exist; `dapa-merge run` writes one into its result")
+        raise CheckpointError(
+            f"the report {path} does not exist{nearest_here(str(path))}; `dapa-merge run` writes one into its result"
+        )
     # `read_json` limits size and depth, which pydantic does not.
     content = json.dumps(read_json(path))
     try:

@@ -14,6 +14,7 @@ from rich.text import Text
 from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.errors import printable
 from dapa_merge.measure.figures import SEARCH_PROMPTS, Change, Figures
+from dapa_merge.plan.edit import EDITS
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join, search_memory
 from dapa_merge.plan.selection import count_changed, given_selection, num_changed, why_equal
@@ -287,7 +288,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         *(("tried" if number == 0 else "", str(rung)) for number, rung in enumerate(report.rungs)),
         ("target", report.target),
         ("source", report.source),
-        ("transplanted", spans(report.units)),
+        (EDITS[report.edit].done if report.edit in EDITS else "edited", spans(report.units)),
         ("parameters changed", f"{100 * report.share_changed:.2f} %"),
     ]
     if report.directions is not None and report.degrees_of_freedom is not None:
@@ -423,7 +424,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
         size, share = f"{plan.num_bytes(units) / 1e6:.2f}", f"{100 * plan.share(units):.2f} %"
         table.add_row(name, Text(printable(tensors)), size, share, differing)
     console.print(table)
-    decided = "a search chooses among" if selection is None else "transplants"
+    decided = "a search chooses among" if selection is None else "changes"
     facts = [
         (
             "target",
@@ -551,7 +552,7 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
         console.print("What each unit was expected to do for refusing, and what the search kept:")
         print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
     share = num_changed(plan, selection) / plan.target.num_parameters
-    facts = [f"transplant {spans(selection)}: {100 * share:.2f} % of the parameters"]
+    facts = [f"edit {spans(selection)}: {100 * share:.2f} % of the parameters"]
     if search.picked is not None:
         print_points(search.points, search.requirement.measure, console)
         facts.append(f"from {taken_line(search.points, search.picked, by_hand=search.by_hand)}")

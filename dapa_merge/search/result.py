@@ -131,8 +131,8 @@ class Limit:
     is_met: bool
 
     def __str__(self) -> str:
-        found = "" if self.value is None else f" {shown(self.value)}"
-        return f"{self.figure}{found} ({'at least' if self.is_floor else 'at most'} {shown(self.limit)})"
+        bound = f"{'at least' if self.is_floor else 'at most'} {shown(self.limit)}"
+        return f"{self.figure} {bound}" if self.value is None else f"{self.figure} {shown(self.value)} ({bound})"
 
 
 @dataclass(frozen=True)

@@ -354,25 +354,26 @@ def _workers(session: Session, limits: Requirement) -> Workers:
 
 def baselines(session: Session) -> tuple[Baseline, Baseline]:
     """All figures of the target, and of its full transplant."""
-    target = _baseline(session, "target", ())
-    session.bench.use(session.plan.reference)
-    full = _baseline(session, "full transplant", session.plan.units)
+    target = _baseline(session, "target", (), "target")
+    reference = session.plan.reference
+    session.bench.use(reference)
+    full = _baseline(session, "full transplant", session.plan.units, f"target with all units {reference.edit.done}")
     session.bench.use(session.plan)
     return target, full
 
 
-def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
-    """All figures of the target with some units, from the journal if recorded."""
+def _baseline(session: Session, name: str, units: Sequence[Unit], told: str) -> Baseline:
+    """All figures of the target with some units, from the journal if recorded under `name`; messages say `told`."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
-    baseline = bench.recorded(journal, name, units, f"the {name}")
+    baseline = bench.recorded(journal, name, units, f"the {told}")
     assert isinstance(journal, Journal)
     if name in journal.foreign:
-        _check_recorded(session, name, units, baseline)
+        _check_recorded(session, told, units, baseline)
         journal.confirm(name)
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
-    told = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
+    found = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
     asked = " and ".join(f"{number} {kind}" for kind, number in bench.num_of_kind.items())
-    LOG.info(f"the {name}{'' if units else f', on {asked} {SEARCH_PROMPTS}'}: {', '.join(told)}")
+    LOG.info(f"the {told}{'' if units else f', on {asked} {SEARCH_PROMPTS}'}: {', '.join(found)}")
     if math.inf in baseline.figures.values():
         _check_finite(session.plan, ["source"] if units else ["target"])
         model = f"the target {recipe.target}" + (
@@ -420,9 +421,10 @@ def _check_finite(plan: Plan, names: Sequence[str]) -> None:
 
 def scores_text(session: Session, target: Baseline, full: Baseline) -> str:
     """The scores of the full transplant and of the target, as a part of a sentence."""
+    done = session.plan.reference.edit.done
     return (
-        f"with all {len(session.plan.units)} units transplanted the {session.bench.measure} is {full.score:.3f}, and "
-        f"without them {target.score:.3f}"
+        f"with all {len(session.plan.units)} units {done} the {session.bench.measure} is {full.score:.3f}, and without "
+        f"them {target.score:.3f}"
     )
 
 

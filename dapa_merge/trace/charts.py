@@ -263,8 +263,8 @@ def _groups(found: Traced) -> Figure | None:
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
     inserted = [GroupBar(one.group.label, target, one.inserted, one.control_inserted) for one in shown]
     reverted = [GroupBar(one.group.label, one.full, one.reverted, one.control_reverted) for one in shown]
-    panels = [("Alone in the target: sufficient?", inserted), ("Left out of the full transplant: necessary?", reverted)]
-    return group_bars(panels, {"target": target, "full transplant": full}, found.measure)
+    panels = [("Alone in the target: sufficient?", inserted), ("Left out of all units: necessary?", reverted)]
+    return group_bars(panels, {"target": target, "all units": full}, found.measure)
 
 
 def _groups_caption(found: Traced) -> str:

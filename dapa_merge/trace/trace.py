@@ -342,7 +342,7 @@ class TraceSession:
         arrays, batch_size = self._known_influence(), BatchSize(self.meter.batch_size.limit)
         parts = math.ceil((len(pairs) - _num_known(arrays)) / PROMPTS_AT_ONCE)
         with (
-            task("transplanting each unit alone", len(units) * parts, "units"),
+            task("editing each unit alone", len(units) * parts, "units"),
             batch_invariant(bench.live.model),
         ):
             while (known := _num_known(arrays)) < len(pairs):

@@ -17,7 +17,7 @@ from dapa_merge.checkpoint.fetch import Snapshot
 from dapa_merge.checkpoint.folder import cached_sha256, is_clutter
 from dapa_merge.checkpoint.location import parse_location
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.hub_client import api, ask, check_id
+from dapa_merge.hub_client import Absent, api, ask, check_id
 from dapa_merge.plan.selection import BY_CACHE, BY_SHA256
 from dapa_merge.transplant.manifest import PRIVATE, is_for_other_programs
 from dapa_merge.verify.result import Check
@@ -42,7 +42,7 @@ def fetch_result(place: str, name: str | None = None) -> Snapshot:
     if location is None or location.adapter is not None:
         raise UsageError(f"{place!r} is not a result: pass a folder, a Hub id or id@revision")
     repository = check_id(location.path)
-    what = f"fetch {place}, which is not a folder here"
+    what = Absent(repository)
     commit = str(ask(what, lambda: api().model_info(repository, revision=location.revision)).sha)
     tree = ask(what, lambda: list(api().list_repo_tree(repository, recursive=True, revision=commit)))
     known = {item.path: item for item in tree if isinstance(item, RepoFile)}

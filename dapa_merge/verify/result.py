@@ -21,7 +21,7 @@ from dapa_merge.checkpoint.open import Checkpoint, find_model, open_checkpoint
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError, some_of
-from dapa_merge.files import new_file
+from dapa_merge.files import nearest_here, new_file
 from dapa_merge.imports import Shown
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan, models_of
@@ -152,7 +152,7 @@ def verify_result(
     rests_on = confirm_units(plan, plan.units if verification.differences else verification.transplanted, whole=True)
     faults = [f"{tensor} {what}" for tensor, what in verification.differences]
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
-        faults.append("nothing was transplanted: it is the unchanged target")
+        faults.append("nothing was edited: it is the unchanged target")
     if not faults and selection is not None and not verification.is_exactly(selection):
         found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
         faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found}")
@@ -236,7 +236,9 @@ def location_option(value: str | None, option: str) -> Location | None:
 
 def _manifest(out: Path) -> Manifest | None:
     if not out.is_dir():
-        raise CheckpointError(f"{out} is not a folder")
+        raise CheckpointError(
+            f"there is no folder {out} here{nearest_here(str(out), is_folder=True)}; name that of a result"
+        )
     return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
 
 
@@ -268,7 +270,7 @@ def _false_claims(
         except ValueError:
             said = " ".join(manifest.units)[:200]
         if said != (meant := spans(join(plan, selection))):
-            yield f"{MANIFEST_NAME} says that {said} was transplanted, but the recipe says {meant}"
+            yield f"{MANIFEST_NAME} says that {said} was edited, but the recipe says {meant}"
 
 
 def _edit_text(of: Manifest | Plan) -> str:

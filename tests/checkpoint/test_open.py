@@ -115,12 +115,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_no_damaged_checkpoint():
     # The tests run offline, so that any repository is out of reach.
-    with pytest.raises(HubError, match="someone/some-model, which is not a folder here"):
+    with pytest.raises(HubError, match="there is no folder 'someone/some-model' here, and it cannot"):
         open_checkpoint("someone/some-model")
 
 
 def test_a_name_that_is_neither_folder_nor_repository_is_named():
-    with pytest.raises(CheckpointError, match="neither a folder here nor the id of a Hub repository"):
+    with pytest.raises(CheckpointError, match=r"there is no folder '\./no/such/folder' here, and it is not the id"):
         open_checkpoint("./no/such/folder")
 
 

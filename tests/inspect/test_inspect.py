@@ -293,6 +293,50 @@ def test_what_surrounds_the_weights_is_compared(make, source, tmp_path):
     assert "mit and apache-2.0" in notes
 
 
+# Rounding hides the order of changes that are no larger.
+SWAPPABLE = [name for name in HISTORIES if name not in ("identical", "training as small as rounding")]
+
+
+@pytest.mark.parametrize("history", SWAPPABLE)
+def test_weights_show_which_of_two_models_was_made_of_the_other(history, make, source):
+    tuned = make(HISTORIES[history][0], "tuned")
+    for target, other, is_swapped in ((tuned, source, False), (source, tuned, True)):
+        notes = "\n".join(inspected(target, other).notes)
+        assert ("by the weights, the source is the target plus a change" in notes) is is_swapped
+
+
+def test_ablation_after_training_is_no_swap(make, source):
+    def change(name: str, values: torch.Tensor) -> None:
+        training(0.02)(name, values)
+        ablation(name, values)
+
+    assert "swapped" not in "\n".join(inspected(make(change, "tuned"), source).notes)
+
+
+SIGNS = {
+    "a config": ("config.json", '"_name_or_path": "me/tuned"', "was loaded from me/tuned"),
+    "files of a training": ("trainer_state.json", "{}", "holds trainer_state.json"),
+    "names": ("", "", "the source's name says 'uncensored'"),
+}
+
+
+@pytest.mark.parametrize("what", SIGNS)
+def test_what_lies_beside_the_weights_may_tell_of_a_swap_and_is_a_hint(what, make, source, tmp_path):
+    file, text, told = SIGNS[what]
+    target, other = make(nothing, "tuned"), shutil.copytree(source, tmp_path / "official-uncensored")
+    if what != "names":
+        other = other.rename(tmp_path / "official")
+    if file == "config.json":
+        (other / file).write_text((other / file).read_text().replace("{", "{" + text + ",", 1))
+    elif file:
+        (other / file).write_text(text)
+    (note,) = (note for note in inspected(target, other).notes if "swapped" in note)
+    assert note.startswith("target and source may be swapped: ")
+    assert told in note
+    assert "dapa-merge evaluate" in note
+    assert not any("swapped" in note for note in inspected(other, target).notes)
+
+
 @pytest.mark.parametrize("kind", ["text", "list", "json"])
 def test_a_chat_template_is_the_same_in_whichever_file_it_is(kind, make, source):
     target = make(nothing)

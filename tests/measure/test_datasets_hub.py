@@ -216,5 +216,5 @@ def test_names_of_datasets_are_parsed():
         "a/b.c", "refs/pr/1", "d", "train[:5]", (("column", "e&f"),)
     )
     for name in ("b", "a/b/c", "a/b@", "/a/b", "../b"):
-        with pytest.raises(UsageError, match="is neither a folder here nor the id of a dataset on the Hub"):
+        with pytest.raises(UsageError, match="and it is not the id of a dataset on the Hub"):
             parse_dataset(name)

@@ -193,7 +193,7 @@ def test_a_comparison_names_the_edit(recipe, models, tmp_path, no_pictures):
     )
     assert [row["edit"] for row in summary["rows"]] == ["toy"]
     page = (tmp_path / "out" / "table.md").read_text()
-    assert "Edit toy: whatever is transplanted is moved by half of what the source is from the pretrained model" in page
+    assert "Edit toy: whatever is edited is moved by half of what the source is from the pretrained model" in page
 
 
 def test_what_an_edit_reads_must_be_named(models, recipe):

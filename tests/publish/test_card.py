@@ -235,7 +235,7 @@ def test_a_head_that_is_wrong_in_any_way_says_nothing_and_costs_no_result(head, 
         (target / "README.md").write_text(card)
         ran = call("run", write_recipe(target, llama_pair[1], layers=1), tmp_path / "out", "--no-evaluate")
         assert ran.exit_code == 0, ran.output
-        assert "not stated" in (tmp_path / "out" / "README.md").read_text()
+        assert "none stated" in (tmp_path / "out" / "README.md").read_text()
 
 
 CARDS = {
@@ -277,7 +277,7 @@ def test_a_result_appears_with_its_card_and_nothing_is_written_into_it_later(
     monkeypatch.setattr(Path, "rename", named)
     ran = call("run", write_recipe(*llama_pair, layers=1), out, "--no-evaluate")
     assert ran.exit_code == 0, ran.output
-    assert b"# mine" in seen["README.md"]
+    assert b"# target, repaired" in seen["README.md"]
     assert seen == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
@@ -337,6 +337,30 @@ def test_parents_on_the_hub_are_linked_pinned_and_inherited_from(hub, new_id, ll
         assert f"{name}@{commit}" in text
 
 
+def test_a_run_of_folders_names_where_they_are_published_if_told_and_compares_them(
+    hub, new_id, llama_pair, write_recipe, tmp_path
+):
+    names = new_id("target"), new_id("source")
+    for name, folder in zip(names, llama_pair, strict=True):
+        upload(hub.api, name, shutil.copytree(folder, tmp_path / "models" / name))
+    recipe, options = write_recipe(*llama_pair, layers=1), ("--target", names[0], "--source", names[1])
+    ran = call("run", recipe, tmp_path / "out", "--no-evaluate", *options)
+    assert ran.exit_code == 0, ran.output
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert metadata_of(text)["base_model"] == list(names)
+    assert metadata_of(text)["license"] == "apache-2.0"
+    # Others than these are told in the log, and no card says so.
+    ran = call("run", recipe, tmp_path / "wrong", "--no-evaluate", "--target", names[1])
+    assert ran.exit_code == 0
+    assert f"was not made of {names[1]}" in ran.stderr
+    assert not (tmp_path / "wrong" / "README.md").exists()
+    # What is not there is told before anything is done.
+    ran = call("run", recipe, tmp_path / "none", "--no-evaluate", "--target", "someone/nothing")
+    assert ran.exit_code == 5
+    assert "someone/nothing" in ran.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_licenses_that_differ_are_told_in_time_and_cost_no_repair(hub, new_id, llama_pair, write_recipe, tmp_path):
     names = new_id("target"), new_id("source")
     for name, folder, license in zip(names, llama_pair, ("mit", "apache-2.0"), strict=True):
@@ -365,7 +389,7 @@ def test_what_is_no_result_has_no_card(llama_pair, tmp_path):
     for folder in (llama_pair[0], tmp_path / "nothing"):
         ran = call("card", folder)
         assert ran.exit_code == 2
-        assert "not a result" in ran.stderr
+        assert "not a result" in ran.stderr or f"no folder {tmp_path / 'nothing'} here" in ran.stderr
 
 
 CONTRADICTIONS = {

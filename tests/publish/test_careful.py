@@ -162,7 +162,7 @@ def test_a_pull_request_to_the_fine_tune_keeps_its_card(hub, result, pair):
     assert metadata["base_model"] == pair[1] or metadata["base_model"] == [pair[1]]
     repository = hub.store.repositories[pair[0]]
     commit = repository.history[repository.resolve("refs/pr/1")]
-    assert "- transplanted: gate of layer 1, " in commit.message
+    assert "- copied: gate of layer 1, " in commit.message
     assert f"- target: `{pair[0]}@" in commit.message
 
 
@@ -354,7 +354,11 @@ def test_a_license_that_is_none_is_refused(result, license):
 
 def test_a_card_that_the_hub_refuses_is_told_with_the_reason(hub, new_id, result):
     name = new_id("repaired")
-    said = pushed(result, name, "--license", "nonsense", code=5)
+    assert call("card", result, "--license", "mit").exit_code == 0
+    card = result / "README.md"
+    # By hand, and in the card only.
+    card.write_text(card.read_text().replace("license: mit", "license: nonsense").replace('"license": "mit"', ""))
+    said = pushed(result, name, code=5)
     assert "refuse the card" in said
     assert "license" in said.partition("refuse the card")[2]
 

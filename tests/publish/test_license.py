@@ -3,7 +3,7 @@
 import pytest
 
 from dapa_merge.errors import UsageError
-from dapa_merge.publish.options import License, given_license, inherited, license_in
+from dapa_merge.publish.options import LICENSES, License, given_license, inherited, license_in, unknown_licenses
 
 APACHE = License("apache-2.0")
 PLACE = "https://huggingface.co/a/b/blob/main"
@@ -68,6 +68,37 @@ def test_what_the_command_line_states():
         "license_name": "mine",
         "license_link": "https://x",
     }
-    for wrong in ((None, "mine", None), (None, None, "https://x"), ("other", None, "https://x")):
+    for wrong in (
+        ("apache2", None, None),
+        ("unknown", None, None),
+        (None, "mine", None),
+        (None, None, "https://x"),
+        ("other", None, "https://x"),
+    ):
         with pytest.raises(UsageError):
             given_license(*wrong)
+
+
+MISSPELT = {
+    "apache2": "apache-2.0", "Apache-2.0": "apache-2.0", "MIT": "mit", "llama-3.1": "llama3.1", "cc-by-nc": "cc-by-nc-",
+    "gpl-3": "gpl-3.0", "gemma2": "gemma",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", MISSPELT)
+def test_a_licence_that_the_hub_does_not_know_is_refused_with_the_nearest(given):
+    with pytest.raises(UsageError) as caught:
+        given_license(given, None, None)
+    assert f"--license is {given!r}, which the Hub does not know (did you mean '{MISSPELT[given]}" in str(caught.value)
+
+
+def test_every_licence_that_the_hub_knows_is_taken():
+    for key in LICENSES - {"other"}:
+        assert given_license(key, None, None) == License(key)
+
+
+def test_a_models_own_licence_that_the_hub_does_not_know_is_a_warning():
+    found = list(unknown_licenses([("a/target", License("apache2")), ("a/source", License("mit")), ("b", None)]))
+    assert len(found) == 1
+    for part in ("a/target", "'apache2'", "'apache-2.0'", "--license"):
+        assert part in found[0]

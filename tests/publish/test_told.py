@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -168,7 +169,50 @@ def test_a_licence_that_a_user_wrote_into_the_metadata_is_the_one_that_the_text_
     (copied / "README.md").write_text(f"---\n{head}---\n{body}")
     text = written(copied)
     assert metadata_of(text)["license"] == "gemma"
-    assert section(text, "Licence").startswith("\ngemma. ")
+    assert section(text, "Licence").startswith("\ngemma, as stated by whoever published this model; none is stated in ")
+    assert section(text, "Made of").count("none stated") == 2
+
+
+def test_a_card_names_the_target_wherever_the_result_lies_and_the_file_that_its_recipe_reads(
+    llama_pair, write_recipe, tmp_path
+):
+    target = shutil.copytree(llama_pair[0], tmp_path / "sql-writer")
+    file = saved(tmp_path / "file", chosen(target, llama_pair[1], "1"))
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "hello {number}"}}\n' for number in range(9)))
+    given = {"edit": "directions", "directions": str(file), "keep": str(tmp_path / "mine.jsonl")}
+    recipe = write_recipe(target, llama_pair[1], layers=1, modules="gate", **given)
+    out = tmp_path / "out"
+    ran = call("run", recipe, out, "--no-evaluate")
+    assert ran.exit_code == 0, ran.output
+    text = (out / "README.md").read_text()
+    assert "\n# sql-writer, repaired\n" in text
+    assert "\nMoved: gate of layer 1.\n" in text
+    assert "transplant" not in text.lower()
+    told = section(text, "Reproduce")
+    assert "It reads `dapa_directions.dat`, which is part of this model" in told
+    assert "It measures with `mine.jsonl`, not published here" in told
+    assert "reads `dapa_directions.dat`" not in section(written(out, "--license", "mit"), "Verify")
+
+
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_a_folder_of_the_hubs_cache_is_told_by_its_id_if_nobody_wrote_into_it(
+    llama_pair, write_recipe, tmp_path, is_linked
+):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--tuned" / "snapshots" / commit
+    shutil.copytree(llama_pair[0], cached)
+    for path in cached.glob("*.safetensors"):
+        blob = tmp_path / "hub" / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        if is_linked:
+            path.rename(blob)
+            path.symlink_to(blob)
+    out = tmp_path / "out"
+    assert call("run", write_recipe(cached, llama_pair[1], layers=1), out, "--no-evaluate").exit_code == 0
+    text = (out / "README.md").read_text()
+    assert (f"base_model: someone/tuned@{commit}" in section(text, "Reproduce")) is is_linked
+    assert ("[someone/tuned](https://huggingface.co/someone/tuned)" in section(text, "Made of")) is is_linked
+    assert metadata_of(text).get("base_model") == (["someone/tuned"] if is_linked else None)
 
 
 @pytest.mark.parametrize(

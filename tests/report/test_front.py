@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from dapa_merge.report.charts import CHARTS, Place, Run, draw_front, points_front
 
 LIMITS = {"score": 0.95, "over_refusal": 0.05, "divergence": math.nan}
-TARGET, FAR = Place("target", 0.0, 0.0, 0.0), Place("full transplant", 8.73, 1.0, 0.0)
+TARGET, FAR = Place("target", 0.0, 0.0, 0.0), Place("all units copied", 8.73, 1.0, 0.0)
 CASES = {
     "all as good": (
         [
@@ -27,7 +27,7 @@ CASES = {
             Place("1", 0.004, 0.03, 0.0, True), Place("2", 0.02, 0.5, 0.04, True),
             Place("3", 0.05, 0.94, 0.21, True, True), Place("4", 0.3, 0.97, 0.3, True),
         ],
-        [TARGET, Place("full transplant", 0.4, 0.65, 0.13)],
+        [TARGET, Place("all units copied", 0.4, 0.65, 0.13)],
     ),
     "close together": (
         [
@@ -35,7 +35,7 @@ CASES = {
             Place("3", 0.051, 0.81, 0.06, True, True), Place("4", 0.0512, 0.82, 0.05, True),
             Place("5 (part of 3)", 0.0505, 0.8, 0.05),
         ],
-        [Place("target", 0.0, 0.2, 0.01), Place("full transplant", 0.06, 0.65, 0.13)],
+        [Place("target", 0.0, 0.2, 0.01), Place("all units copied", 0.06, 0.65, 0.13)],
     ),
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_divergences_of_several_magnitudes_are_drawn_logarithmically_and_others_
 def test_what_is_far_away_is_named_at_the_edge_with_its_divergence():
     points, references = CASES["all as good"]
     figure = draw(points, references)
-    assert "full transplant (divergence 8.73)" in boxes(figure)
+    assert "all units copied (divergence 8.73)" in boxes(figure)
     assert figure.axes[0].get_xlim()[1] < 0.2
 
 
@@ -98,7 +98,7 @@ def test_limits_are_lines_in_both_panels():
 @pytest.mark.parametrize("divergence", [0.0, math.nan, math.inf])
 def test_points_that_do_not_diverge_or_cannot_be_compared_are_no_obstacle(divergence):
     points = [Place("1", divergence, 0.5, 0.0), Place("2", 0.0, 0.5, 0.0, True)]
-    assert "2" in boxes(draw(points, [TARGET, Place("full transplant", divergence, 1.0, 0.0)]))
+    assert "2" in boxes(draw(points, [TARGET, Place("all units copied", divergence, 1.0, 0.0)]))
 
 
 def test_without_points_nothing_is_drawn():

@@ -153,7 +153,7 @@ def test_models_that_are_swapped_are_seen_before_any_edit_is_tried(few, tmp_path
     result = call("repair", *reversed(PAIR), tmp_path / "out", *asked)
     assert result.exit_code == 3
     error = result.stderr.splitlines()[-1]
-    said = r"with all \d+ units transplanted the DSR is [01]\.\d+, and without them [01]\.\d+; were the two swapped\?"
+    said = r"with all \d+ units copied the DSR is [01]\.\d+, and without them [01]\.\d+; were the two swapped\?"
     assert re.search(rf"the source .*target makes the target .*source worse: {said}", error)
     assert "try 1 of" not in result.stderr
     assert not (tmp_path / "out").exists()
@@ -166,7 +166,7 @@ def test_if_no_rung_repairs_the_error_says_why_each_does_not(write_recipe, few, 
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3
     error = result.stderr.splitlines()[-1]
-    assert re.search(r"copy of gate: with all \d+ units transplanted .*; directions of .*: with all \d+ units", error)
+    assert re.search(r"copy of gate: with all \d+ units copied .*; directions of .*: with all \d+ units", error)
     assert not (tmp_path / "out").exists()
 
 
@@ -175,7 +175,7 @@ def test_where_gates_fail_the_next_edit_repairs_and_the_report_and_card_say_why(
     copied, chosen = report["rungs"]
     assert copied == {
         "edit": "copy", "modules": ["gate"],
-        "verdict": "with all 10 units transplanted the DSR is 0.000, and without them 0.000",
+        "verdict": "with all 10 units copied the DSR is 0.000, and without them 0.000",
     }  # fmt: skip
     assert chosen["edit"] == "directions"
     assert report["before"]["dsr"] < 0.1

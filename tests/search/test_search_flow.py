@@ -362,7 +362,7 @@ def test_other_workers_are_refused(done, value):
 def test_gates_that_cannot_repair_point_to_other_modules(shadow):
     result = call("search", shadow())
     assert result.exit_code == 3
-    assert "cannot repair this target through its modules gate: with all 10 units transplanted the DSR is 0.000" in (
+    assert "cannot repair this target through its modules gate: with all 10 units copied the DSR is 0.000" in (
         result.stderr
     )
     assert result.stderr.endswith("; other modules may: try `modules: auto`\n")

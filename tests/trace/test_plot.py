@@ -69,9 +69,9 @@ def groups(number=18):
     shown = [GroupBar(f"layer {n}", 0.05, n / number, (0.1, 0.2, 0.9)) for n in range(number)]
     panels = [
         ("Alone in the target: sufficient?", shown),
-        ("Left out of the full transplant: necessary?", shown),
+        ("Left out of all units: necessary?", shown),
     ]
-    return group_bars(panels, {"target": 0.05, "full transplant": 0.97}, "DSR")
+    return group_bars(panels, {"target": 0.05, "all units": 0.97}, "DSR")
 
 
 def maps(number=7, num_layers=24, modules=("gate", "up", "down", "q", "k", "v", "o")):
@@ -220,7 +220,7 @@ def test_the_path_shows_each_test_the_threshold_and_what_was_kept():
     bold = [label.get_text() for label in matrix.get_yticklabels() if label.get_fontweight() == "bold"]
     assert bold == ["0.gate", "9.gate"]
     assert matrix.images[0].get_array().shape == (10, 6)
-    assert {"holds", "fails", "required", "kept in the end"} <= set(texts(figure))
+    assert {"holds", "fails", "required", "kept in the end: 2 of 10 units"} <= set(texts(figure))
 
 
 def test_bars_of_models_say_their_values_and_reach_over_their_intervals():

@@ -18,9 +18,9 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 
-from dapa_merge.errors import HubError, UsageError, one_line
-from dapa_merge.hub_client import NoAnswer, api, asking, fault, hub_cause
-from dapa_merge.measure.prompts.rows import base_and_query, nearest_of, parse_query
+from dapa_merge.errors import HubError, UsageError, nearest_of, one_line
+from dapa_merge.hub_client import NoAnswer, api, asking, fault, hub_cause, no_folder
+from dapa_merge.measure.prompts.rows import base_and_query, parse_query
 from dapa_merge.progress import quiet
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@?]+))?", re.ASCII)
@@ -81,7 +81,7 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
         return DatasetName(base, None, config, split, others)
     match = HUB_ID.fullmatch(base)
     if not match:
-        raise UsageError(f"{base!r} is neither a folder here nor the id of a dataset on the Hub, such as someone/name")
+        raise UsageError(f"{no_folder(base)}, and it is not the id of a dataset on the Hub, such as someone/name")
     return DatasetName(match[1], match[2], config, split, others)
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import UsageError, nearest_of
 from dapa_merge.measure.prompts.conversation import USER, read_messages
 from dapa_merge.measure.prompts.rows import (
     CATEGORY_COLUMNS,
     PROMPT_COLUMNS,
     PromptRow,
     column_key,
-    nearest_of,
     refuse_controls,
 )
 

@@ -8,18 +8,17 @@ may contain commas and question marks. Whatever could be read in two ways is an 
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from dapa_merge.errors import UsageError, one_line, why_unreadable
+from dapa_merge.errors import UsageError, nearest_of, one_line, why_unreadable
 from dapa_merge.files import refuse_special
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
@@ -276,9 +275,3 @@ def parse_query(name: str, query: str, keys: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{name!r}: the key {key} needs one value, as in ?{key}=VALUE")
         values[key] = unquote(value)
     return values
-
-
-def nearest_of(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word for an error; empty if none is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dapa_merge.errors import HubError, UsageError, printable
+from dapa_merge.files import nearest_here
 from dapa_merge.measure.prompts.conversation import with_system
 from dapa_merge.measure.prompts.datasets import HUB_ID, DatasetName, known_commit, load_rows, parse_dataset, split_names
 from dapa_merge.measure.prompts.labels import PROMPT_KINDS, Columns, Request, Requests, kind_of_name, read_requests
@@ -23,7 +24,6 @@ from dapa_merge.measure.prompts.rows import (
     PromptRow,
     base_and_query,
     listed_names,
-    nearest_of,
     parse_query,
     read_rows,
     read_text,
@@ -375,7 +375,9 @@ def _load(name: str) -> tuple[str, tuple[Question, ...]]:
         return name, (Question("", read_text(path)),) if is_document else load_passages(path)
     base = name.partition("?")[0]
     if not os.path.isdir(base) and ("/" not in base or Path(base).suffix.lower() in SUFFIXES):
-        raise UsageError(f"text {name!r}: no such file, and neither auto nor builtin nor the id of a dataset")
+        raise UsageError(
+            f"text {name!r}: no such file{nearest_here(base)}, and neither auto nor builtin nor the id of a dataset"
+        )
     return name, _load_text_of(name)
 
 
@@ -502,10 +504,10 @@ def _full_names(part: str) -> tuple[str, ...]:
             names.append(identity + (f"@{revision}" if revision else "") + (f"?{keys}" if keys else ""))
         return tuple(names)
     if not HUB_ID.fullmatch(base) or base.startswith(".") or Path(base).suffix.lower() in SUFFIXES:
-        nearest = nearest_of(base, (*PACKAGED, *SHORT_NAMES))
+        nearest = nearest_here(base, (*PACKAGED, *SHORT_NAMES))
         raise UsageError(
-            f"prompts {base!r}: no such file or folder, and no packaged set ({', '.join(PACKAGED)}), "
-            f"short name ({', '.join(SHORT_NAMES)}) or Hub id (someone/name){nearest}"
+            f"prompts {base!r}: no such file or folder{nearest}, and no packaged set ({', '.join(PACKAGED)}), "
+            f"short name ({', '.join(SHORT_NAMES)}) or Hub id (someone/name)"
         )
     return (part,)
 

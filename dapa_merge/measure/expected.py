@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -28,9 +28,11 @@ TOKENS_OF_ANSWER = 60
 OVERHEAD = 4e-4
 # What takes longer is told beforehand.
 TOLD_SECONDS = 60
-# Of the trial of one product.
+# Of the trial of one product, which is at least three runs.
 TRIAL_SECONDS = 0.05
 MAX_ROWS = 4096
+# Rows of a trial's matrix that are drawn; a larger one repeats them.
+NUM_DRAWN = 256
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Calibration:
 
     model: Checkpoint
     device: torch.device
+    # Of the products that were tried: many matrices have the same shape.
+    _tried: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def inner(self) -> list[Tensor]:
@@ -124,27 +128,33 @@ class Calibration:
 
     def pass_seconds(self, num_tokens: int, num_outputs: int) -> float:
         """Of a pass of so many tokens through all layers, and of some of them through the output layer."""
-        layer = sum(_of_product(tensor, num_tokens, self.device) for tensor in self.inner) + OVERHEAD
+        layer = sum(self._product_seconds(tensor, num_tokens) for tensor in self.inner) + OVERHEAD
         head = max(self._matrices, key=lambda tensor: tensor.num_parameters, default=None)
-        return self.num_layers * layer + (0.0 if head is None else _of_product(head, num_outputs, self.device))
+        return self.num_layers * layer + (0.0 if head is None else self._product_seconds(head, num_outputs))
 
     def answer_seconds(self, max_new_tokens: int | None) -> float:
         """Of an answer, in a batch of them."""
         tokens = min(TOKENS_OF_ANSWER, max_new_tokens or TOKENS_OF_ANSWER)
         return self.pass_seconds(PIECE, PIECE) * tokens / PIECE
 
+    def _product_seconds(self, tensor: Tensor, num_tokens: int) -> float:
+        """Of a product of so many rows with a matrix; of a large one, some of its rows are tried."""
+        dtype = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
+        rows, columns = tensor.shape
+        tried = (min(rows, MAX_ROWS), columns, dtype, num_tokens)
+        if tried not in self._tried:
+            self._tried[tried] = _of_product(*tried, self.device)
+        return self._tried[tried] * rows / tried[0]
 
-def _of_product(tensor: Tensor, num_tokens: int, device: torch.device) -> float:
-    """Seconds of a product of so many rows with a matrix; of a large one, some of its rows are tried."""
-    dtype = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
-    rows, columns = tensor.shape
-    tried = min(rows, MAX_ROWS)
-    layer = torch.nn.Linear(columns, tried, bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(torch.randn(tried, columns, device=device).to(dtype), requires_grad=False)
+
+def _of_product(rows: int, columns: int, dtype: torch.dtype, num_tokens: int, device: torch.device) -> float:
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta")
+    drawn = torch.randn(min(rows, NUM_DRAWN), columns, device=device).to(dtype)
+    layer.weight = torch.nn.Parameter(drawn[torch.arange(rows, device=device) % len(drawn)], requires_grad=False)
     inputs = torch.randn(num_tokens, columns, device=device).to(dtype)
     # As measurements compute it.
     with torch.no_grad(), batch_invariant(layer):
-        return timed(lambda: layer(inputs), device) * rows / tried
+        return timed(lambda: layer(inputs), device)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -154,9 +164,9 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    # The fastest of some: the first warms up, and other processes may disturb.
+    # The fastest of some: the first warms up, and other processes may disturb. Both matter less in a long one.
     spent: list[float] = []
-    while len(spent) < 4 or (sum(spent) < TRIAL_SECONDS and len(spent) < 30):
+    while len(spent) < 3 or (sum(spent) < TRIAL_SECONDS and len(spent) < 30):
         start = time.perf_counter()
         work()
         synchronize()

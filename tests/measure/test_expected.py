@@ -82,6 +82,19 @@ def test_more_tokens_and_more_layers_take_longer():
     assert passes.answer_seconds(60) <= 3 * passes.answer_seconds(None)
 
 
+def test_products_of_the_same_shape_are_tried_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(expected, "timed", lambda *_: tried.append(None) or 1.0)
+    passes = Calibration(open_checkpoint(PAIR[0]), choose_device("cpu"))
+    layer = passes.num_layers * (len(passes.inner) + expected.OVERHEAD)
+    assert passes.pass_seconds(8, 8) == pytest.approx(layer + 1)
+    # The output layer's is one of them.
+    shapes = {tensor.shape for tensor in passes.inner}
+    assert len(tried) == len(shapes) < len(passes.inner)
+    passes.pass_seconds(8, 8)
+    assert len(tried) == len(shapes)
+
+
 def test_what_has_no_pace_is_shown_without_a_time():
     known = Expected({"a": {"prompts": 10}, "b": {"requests": 5}}, {"prompts": 2.0}, 0, 0, "cpu")
     with known.told():

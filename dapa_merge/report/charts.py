@@ -527,7 +527,8 @@ def plotting() -> Any:
     """
     try:
         import matplotlib
-        from matplotlib import colors, figure, font_manager, patches, ticker  # noqa: F401
+        from matplotlib import colors, figure, font_manager, layout_engine, patches, ticker  # noqa: F401
+        from matplotlib.backends import backend_agg, backend_svg  # noqa: F401
     except ImportError as error:
         raise UsageError("plots need matplotlib; install it with: pip install matplotlib") from error
     except Exception as error:
@@ -559,10 +560,18 @@ def render(figure: Figure, kind: str) -> bytes:
     """The content of a `png` or `svg` file of a figure."""
     buffer = io.BytesIO()
     with styled():
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-        # The layout takes a third of the time, and is the same for the next format.
-        figure.set_layout_engine("none")
+        backends = plotting().backends
+        figure.set_dpi(DOTS_PER_INCH)
+        if isinstance(engine := figure.get_layout_engine(), plotting().layout_engine.ConstrainedLayoutEngine):
+            # The layout takes a third of the time, and is the same for the next format.
+            backends.backend_agg.FigureCanvasAgg(figure)
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        # Not by `savefig`, which would draw everything once more beforehand.
+        if kind == "svg":
+            backends.backend_svg.FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        else:
+            backends.backend_agg.FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -123,7 +123,7 @@ MEASURED_ONLY = {
 }
 
 
-# What takes long to make.
+# What takes long to make, and the group of the tests that have it; both demonstrations are made together.
 MADE_ONCE = {
     "traced": "traced",
     "of_directions": "traced",
@@ -134,11 +134,16 @@ MADE_ONCE = {
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """One worker of pytest-xdist has all tests of what takes long to make, and makes it once."""
-    for name, group in MADE_ONCE.items():
-        if name in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(group))
-            break
+    """One worker of pytest-xdist has all tests of what takes long to make, or is made for a module, and makes it once."""
+    if item.get_closest_marker("xdist_group"):
+        return
+    fixtures = getattr(item, "fixturenames", ())
+    group = next((group for name, group in MADE_ONCE.items() if name in fixtures), None)
+    known = item._fixtureinfo.name2fixturedefs if fixtures else {}
+    if group is None and any(found[-1].scope == "module" for found in known.values()):
+        group = item.module.__name__
+    if group is not None:
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+import warm
 from conftest import answer, call
 
 import dapa_merge
@@ -152,7 +153,7 @@ def test_a_package_that_is_called_is_the_function_whatever_was_imported_before()
         "try: verify('nothing')\nexcept dapa_merge.DapaError as error: print(error)\n"
     )
     for before in ("", "import dapa_merge.search.result", "import dapa_merge.api", "from dapa_merge import search"):
-        ran = subprocess.run([sys.executable, "-c", code.format(before)], capture_output=True, text=True, check=False)
+        ran = warm.run([sys.executable, "-c", code.format(before)])
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.splitlines() == [
             "cannot read the recipe nothing.yml: No such file or directory", "nothing is not a folder",

@@ -353,9 +353,14 @@ def test_an_odd_environment_loses_no_line(setting, write_recipe, tmp_path):
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="3")
     name, _, value = setting.partition("=")
     command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "plan", str(recipe)]
-    found = subprocess.run(command, capture_output=True, env={**os.environ, name: value}, check=False)
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert b"memory of a search" in found.stdout
+    environment = {**os.environ, name: value}
+    if name in ("PYTHONIOENCODING", "LC_ALL"):
+        # Python reads these when it starts.
+        found = subprocess.run(command, capture_output=True, env=environment, check=False, text=True, encoding="utf-8")
+    else:
+        found = warm.run(command, env=environment)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "memory of a search" in found.stdout
 
 
 def test_what_nobody_foresaw_is_one_sentence_and_a_traceback_with_debug(monkeypatch):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import warm
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "demo.ipynb"
 # What Jupyter does with cells: runs them in one process, and shows the value of the last expression.
@@ -17,7 +17,7 @@ RUNNER = """
 import ast, contextlib, io, json, sys
 
 names, outputs = {"__name__": "__main__"}, []
-for source in json.load(sys.stdin):
+for source in json.loads(sys.argv[1]):
     tree, value, said = ast.parse(source), None, io.StringIO()
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     with contextlib.redirect_stdout(said):
@@ -39,15 +39,8 @@ def code_cells(notebook: dict) -> list[dict]:
 def run_cells(notebook: dict, folder: Path) -> list[dict]:
     """Run the cells in order in one fresh process, and give what each shows."""
     sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
-    ran = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(sources),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = warm.Process([sys.executable, "-c", RUNNER, json.dumps(sources)], cwd=str(folder))
+    assert ran.wait() == 0, ran.stderr
     return json.loads(ran.stdout)
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import warm
 
 from dapa_merge.imports import lasting
 
@@ -55,7 +56,7 @@ def test_a_plan_loads_no_model(llama_pair, write_recipe):
     recipe = write_recipe(*llama_pair)
     code = "import transformers\nfrom dapa_merge.cli import main\ntransformers.PreTrainedModel.from_pretrained = None\n"
     code += f"main(['plan', {str(recipe)!r}])"
-    result = run_python(code)
+    result = warm.run([sys.executable, "-c", code])
     assert "a run takes" in result.stdout, result.stderr
 
 
@@ -224,5 +225,5 @@ def test_every_module_is_imported_where_modules_of_posix_are_missing():
         f"for name in {sorted(modules)!r}: importlib.import_module(name)\n"
         "print('all of them')"
     )
-    result = run_python(code, HF_HUB_OFFLINE="1")
+    result = warm.run([sys.executable, "-c", code])
     assert result.stdout.splitlines()[-1:] == ["all of them"], result.stderr

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 from conftest import call
 from measure.test_thoughts import chain_model
@@ -126,27 +127,24 @@ def terminal(*arguments: object, **environment: str) -> Iterator[Terminal]:
     import termios
 
     ours, theirs = pty.openpty()
-    code = f"import fcntl; fcntl.ioctl(0, {termios.TIOCSCTTY}, 0); {MAIN}"
+    code = f"import fcntl, os; os.setsid(); fcntl.ioctl(0, {termios.TIOCSCTTY}, 0); {MAIN}"
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "chat", *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
+    process = warm.Process(
+        [sys.executable, "-c", code, "chat", *arguments],
         env={**os.environ, "TERM": "xterm-256color", **environment},
+        terminal=os.ttyname(theirs),
     )
     os.close(theirs)
     try:
         yield Terminal(ours, process)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
         os.close(ours)
 
 
 class Terminal:
-    def __init__(self, descriptor: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, descriptor: int, process: warm.Process) -> None:
         self._descriptor = descriptor
         self._process = process
         self.seen = ""

@@ -256,8 +256,8 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
     assert notes == ["target", "full transplant"]
 
 
-def test_a_kill_in_the_middle_of_a_baseline_costs_a_piece_at_most(write_recipe, tmp_path):
-    settings = {**MINIATURE, "batch_size": 4, "max_tests": 1}
+def test_a_kill_in_the_middle_of_a_baseline_costs_a_piece_at_most(write_recipe, few, tmp_path):
+    settings = {**MINIATURE, "prompts": few, "batch_size": 4, "max_tests": 1}
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), **settings)
     whole = answer("search", recipe, "--journal", tmp_path / "whole", "--json")
     journal = tmp_path / "killed"

@@ -114,61 +114,12 @@ _CONSENT = re.compile(
 )
 _NEW = re.compile(r"\d|://")
 _ANNOUNCING = frozenset(
-    [
-        "sure",
-        "certainly",
-        "of",
-        "course",
-        "absolutely",
-        "okay",
-        "ok",
-        "yes",
-        "definitely",
-        "here",
-        "is",
-        "are",
-        "s",
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "it",
-        "guide",
-        "list",
-        "plan",
-        "recipe",
-        "example",
-        "explanation",
-        "proposal",
-        "step",
-        "steps",
-        "way",
-        "ways",
-        "instruction",
-        "instructions",
-        "tip",
-        "tips",
-        "how",
-        "to",
-        "on",
-        "for",
-        "about",
-        "your",
-        "you",
-        "i",
-        "me",
-        "my",
-        "can",
-        "will",
-        "help",
-        "with",
-        "some",
-        "why",
-        "what",
-        "someone",
-        "somebody",
-    ]
+    re.findall(
+        r"\w+",
+        "sure certainly of course absolutely okay ok yes definitely here is are s a an the this that it guide "
+        "list plan recipe example explanation proposal step steps way ways instruction instructions tip tips "
+        "how to on for about your you i me my can will help with some why what someone somebody",
+    )
 )
 _CAPITALS = re.compile(r"\b[A-Z]{2,}\b")
 # `re` does not count vowel signs and the like as letters, but they are part of words.

@@ -57,7 +57,7 @@ def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_rec
     result = mergekit_yaml(recipe, tmp_path / "theirs")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("searching among 10 units") == 1
-    assert "dapa: transplanting gate of layers" in result.stderr
+    assert "dapa: editing gate of layers" in result.stderr
     report = repair(load_recipe(recipe), tmp_path / "ours")
     assert set(report.layers) <= {3, 4, 5, 6}
     assert same_tensors(tmp_path / "ours", tmp_path / "theirs")
@@ -334,4 +334,4 @@ def test_mergekit_finds_an_evaluator_in_the_file_that_the_environment_names(writ
     assert "evaluator 'layer-2'; known are" in without.stderr
     result = mergekit_yaml(recipe, tmp_path / "out", DAPA_EVALUATOR_FILE=str(file))
     assert result.returncode == 0, result.stderr
-    assert "transplanting gate of layer 2 " in result.stderr
+    assert "editing gate of layer 2 " in result.stderr

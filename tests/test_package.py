@@ -203,7 +203,7 @@ def test_mergekit_finds_the_method_of_an_installed_wheel(wheel, llama_pair, writ
         env={**os.environ, "PYTHONPATH": str(site)},
     )
     assert result.stdout.splitlines()[-1] == f"0 {site / 'dapa_merge' / '__init__.py'}", result.stderr
-    assert "dapa: transplanting gate of layer 2 " in result.stderr
+    assert "dapa: editing gate of layer 2 " in result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists() or list((tmp_path / "out").glob("model-*"))
 
 

@@ -118,7 +118,7 @@ def test_a_plan_shows_the_rows_and_those_between_them(write_recipe):
     shown = call("plan", recipe).stdout
     assert "3.gate[128:160]" in shown
     assert "3.gate[160:208]" not in shown
-    assert "transplants             2 units, 0.02 MB" in shown
+    assert "changes                 2 units, 0.02 MB" in shown
 
 
 def test_rows_outside_the_target_are_refused_with_their_line(write_recipe, tmp_path):

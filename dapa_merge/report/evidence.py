@@ -215,7 +215,8 @@ def _arithmetic(wanted: Where, measured: Where, *, is_searched: bool) -> str | N
 def _limits(found: Search, searched: Searched, before: Figures, after: Figures, recipe: Recipe) -> Iterator[Limit]:
     """The recipe's limits beside what the search found of the result, and then beside its figures in the report."""
     limits, settings = found.limits or found.requirement, settings_of(recipe)
-    known = dict(found.measured or (found.result.figures if found.result else {SCORE.figure: searched.after}))
+    # Not what a run that was stopped measures again: its report says the same as that of one that was not.
+    known = found.result.figures if found.result else {SCORE.figure: searched.after}
     held = [(one, limit) for one, limit in limits.limits if not math.isnan(limit)]
     for one, limit in held:
         value = known.get(one.figure)

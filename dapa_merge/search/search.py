@@ -376,10 +376,8 @@ def _baseline(session: Session, name: str, units: Sequence[Unit], told: str) -> 
     LOG.info(f"the {told}{'' if units else f', on {asked} {SEARCH_PROMPTS}'}: {', '.join(found)}")
     if math.inf in baseline.figures.values():
         _check_finite(session.plan, ["source"] if units else ["target"])
-        model = f"the target {recipe.target}" + (
-            f", with every unit edited by the source {recipe.source}," if units else ""
-        )
-        raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
+        edited = f", with every unit edited by the source {recipe.source}," if units else ""
+        raise CheckpointError(f"the target {recipe.target}{edited} computes infinities or NaN; its weights are damaged")
     return baseline
 
 

@@ -257,7 +257,7 @@ def test_a_search_goes_by_a_task(tmp_path, task_file, write_recipe):
     result = call("search", recipe, "--task-file", task_file)
     # The source adds no better than the target, so that there is nothing to gain by this evaluator.
     assert result.exit_code == 3
-    assert "transplanted the lm-eval:sums:acc is " in result.stderr
+    assert "copied the lm-eval:sums:acc is " in result.stderr
 
 
 EVIL = """

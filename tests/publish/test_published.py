@@ -97,7 +97,9 @@ def test_what_is_no_published_result_is_told(hub, published, pair):
     # A path that does not exist is no id.
     for place in ("./nothing/here", "nothing", "/nothing/here"):
         ran = call("verify", place)
-        assert (ran.exit_code, "is not a folder" in ran.stderr) == (4, True), ran.stderr
+        assert (ran.exit_code, f"there is no folder {place.removeprefix('./')} here" in ran.stderr) == (4, True), (
+            ran.stderr
+        )
 
 
 @pytest.mark.xdist_group("demo")

@@ -155,8 +155,8 @@ def picked(failed, tmp_path_factory) -> tuple[Path, str]:
         skip_drawing(patch, "svg")
         result = call("run", recipe, out, "--no-lock", "--journal", journal, "--pick", 3)
     assert result.exit_code == 0, result.stderr
-    (added,) = journal.read_bytes().removeprefix(before).splitlines()
-    assert b'"note":"source ' in added
+    added = [json.loads(line)["note"] for line in journal.read_bytes().removeprefix(before).splitlines()]
+    assert [note.partition(" ")[0] for note in added] == ["source", "target", "result"]
     return out, result.stdout
 
 

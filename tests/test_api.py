@@ -157,8 +157,9 @@ def test_a_package_that_is_called_is_the_function_whatever_was_imported_before()
         ran = warm.run([sys.executable, "-c", code.format(before)])
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.splitlines() == [
-            "cannot read the recipe nothing.yml: No such file or directory", "there is no folder nothing here; name that of a result",
-        ]  # fmt: skip
+            "cannot read the recipe nothing.yml: No such file or directory",
+            "there is no folder nothing here; name that of a result",
+        ]
 
 
 def test_what_checks_and_pushes_loads_no_torch():

@@ -20,7 +20,7 @@ from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.edit import Directions, not_finite
 from dapa_merge.plan.plan import Plan, divide, join, reduced
 from dapa_merge.plan.selection import units_that_differ, without_equal_units
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import LOG, remain, task
 from dapa_merge.recipe.constraints import SCORE, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
@@ -213,6 +213,7 @@ def _measured_again(session: Session, found: Search) -> Search:
     """
     bench, journal = session.bench, session.journal
     bench.use(found.plan)
+    remain(prompts=bench.num_prompts, steps=0, parameters=0)
     figures = bench.baseline(found.minimum.units, what="measuring the result again").figures
     if found.result is not None:
         _check_same(session, f"point {found.result.name}", found.result.figures, figures)

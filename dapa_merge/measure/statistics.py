@@ -164,7 +164,8 @@ def kept_figure(target: Sequence[Response], model: Sequence[Response]) -> KeptFi
     return KeptFigure(
         num_prompts=len(pairs),
         num_same=same,
-        same_interval=interval(same, len(pairs)),
+        # The target answers as itself by definition.
+        same_interval=(1.0, 1.0) if model is target else interval(same, len(pairs)),
         num_other=len(others),
         words_shared=statistics.fmean(others) if others else math.nan,
         num_refused=sum(now.outcome == refused for _, now in pairs),

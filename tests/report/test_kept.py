@@ -58,6 +58,7 @@ def test_every_keep_prompt_is_answered_as_before_or_otherwise_or_refused_or_with
 def test_the_target_answers_as_itself_and_other_prompts_do_not_count():
     target = said((ANSWERED, "one two three four"), (REFUSED, "no")) + said((REFUSED, "no"), kind="harmless")
     own = kept_figure(target, target)
+    assert own.same_interval == (1.0, 1.0)
     assert (own.num_prompts, own.num_same, own.num_other, own.num_refused, own.num_newly_refused) == (2, 2, 0, 1, 0)
     # Three of four words, in order.
     other = kept_figure(target, [replace(target[0], response="one two five four"), *target[1:]])

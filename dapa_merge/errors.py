@@ -67,8 +67,10 @@ def markdown(text: str) -> str:
     """Escape untrusted text for one line, or one cell, of Markdown, which then shows this text and nothing else."""
     shown = printable(text)
     marked = _ENTITIES.sub(lambda found: f"&#{ord(found.group())};", _MARKUP.sub(r"\\\g<0>", shown))
+    if not shown.strip():
+        return shown[:1]
     # Four spaces at the beginning of an item of a list would make it code.
-    return f"&#32;{marked[1:]}" if shown.startswith(" ") and shown.strip() else marked.strip(" ")
+    return f"&#32;{marked[1:]}" if shown.startswith(" " * 4) else marked
 
 
 def markdown_code(text: str) -> str:

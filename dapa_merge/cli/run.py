@@ -283,12 +283,18 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
 def print_next(out: Path, console: Console, *, is_published: bool = False) -> None:
     """Print what can be done with a result."""
+    from dapa_merge.publish.write_card import existing_card
+
     place = shlex.quote(str(out))
     steps = [f"talk to it and its target: dapa-merge chat {place} --before"]
     if (out / PAGE_NAME).is_file():
         steps.insert(0, f"read what the models said, in a browser: {out / PAGE_NAME}")
     if not is_published:
-        steps.append(f"publish it on the Hub: dapa-merge push {place} YOU/YOUR-MODEL")
+        # What nobody said yet, and a card should say.
+        card = existing_card(out).metadata
+        wanted = {"license": " --license ID", "base_model": " --target ID --source ID"}
+        more = "".join(options for key, options in wanted.items() if key not in card)
+        steps.append(f"publish it on the Hub: dapa-merge push {place} YOU/YOUR-MODEL{more}")
     print_lines(console, [f"{'' if number else 'next':<20}{step}" for number, step in enumerate(steps)])
 
 

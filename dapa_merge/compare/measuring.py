@@ -148,7 +148,7 @@ class Measuring(Resident):
             refers: Whether to measure divergence, for which the target is loaded in any case.
             also: What else is measured of each result.
         """
-        super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
+        super().__init__(plan, where, lambda: LOG.info(f"loading the target, {plan.target.name}"))
         self.meter = fast(meter)
         self.journal = journal
         self._refers = refers
@@ -173,7 +173,7 @@ class Measuring(Resident):
     @contextmanager
     def source(self) -> Iterator[Model]:
         """The source alone, loaded for the length of a `with` block."""
-        LOG.info(f"loading the source {self.plan.source.name}")
+        LOG.info(f"loading the source, {self.plan.source.name}")
         model, tokenizer = load_model(self.plan.source, self.where)
         with quiet("transformers"):
             yield model, tokenizer

@@ -231,6 +231,7 @@ def speakers(
         UsageError: If nothing names the target, or the device lacks memory.
         DapaError: If a model cannot be opened or loaded.
     """
+    LOG.info(f"loading {location}{' and its target' if with_target else ''}, which takes a while")
     if not with_target:
         yield (_loaded("model", open_location(location, allow_pickle=allow_pickle), where),)
         return

@@ -28,7 +28,7 @@ TOKENS_OF_ANSWER = 60
 OVERHEAD = 4e-4
 # What takes longer is told beforehand.
 TOLD_SECONDS = 60
-# Of the trial of one product, which is at least three runs.
+# Of the trial of one product, which is at least six runs.
 TRIAL_SECONDS = 0.05
 MAX_ROWS = 4096
 # Rows of a trial's matrix that are drawn; a larger one repeats them.
@@ -166,7 +166,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
     # The fastest of some: the first warms up, and other processes may disturb. Both matter less in a long one.
     spent: list[float] = []
-    while len(spent) < 3 or (sum(spent) < TRIAL_SECONDS and len(spent) < 30):
+    while len(spent) < 6 or (sum(spent) < TRIAL_SECONDS and len(spent) < 30):
         start = time.perf_counter()
         work()
         synchronize()

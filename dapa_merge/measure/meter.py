@@ -570,7 +570,7 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
 
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str | Where, name: str) -> MeasuredModel:
     """Load a model and measure it in full."""
-    LOG.info(f"loading the {name} {checkpoint.name}")
+    LOG.info(f"loading the {name}, {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, device if isinstance(device, Where) else choose_device(device))
     with quiet("transformers"):
         return measure_candidate(Candidate(model, tokenizer, ()), meter, name)

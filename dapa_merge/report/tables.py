@@ -197,7 +197,7 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
     if not by_hand:
         last = points[-1]
         left = f"; point {last.number} is what the search left of it" if last.part_of is not None else ""
-        which = "scores highest" if point.units else "diverges least of those that score high"
+        which = "scores highest" if point.units else "diverges least of those that score nearly as high as the best"
         return f"point {picked}, which {which} within the limits{left}"
     if point.complaint is None:
         return f"point {picked}, picked by hand and within the limits"
@@ -308,7 +308,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("taken", taken_line(report.points, report.picked, by_hand=by_hand)))
     if report.one_minimal is not None:
         each = "bundle" if is_of_bundles(report.certificate) else "unit"
-        proved = f"each {each} seen to be needed" if report.one_minimal else "NOT proved minimal"
+        proved = f"each {each} seen to be needed" if report.one_minimal else f"not each {each} seen to be needed"
         saved = thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)
         facts.append(
             ("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {proved}; saved {saved}")
@@ -575,5 +575,5 @@ def _searched_facts(search: Search) -> list[str]:
         ),
     ]
     if not minimum.one_minimal:
-        facts.append("NOT proved minimal: the search ended before every unit was seen to be needed")
+        facts.append("not proved minimal: the search ended before every unit was seen to be needed")
     return facts

@@ -305,7 +305,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
     if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
         raise UsageError(LIMITED_JUDGE)
     meter = search_meter(recipe, prompts, options, plan.models.values())
-    told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
+    told = functools.partial(LOG.info, f"loading the target, {plan.target.name}")
     return Bench(plan, meter, options.where, settings_of(recipe), told)
 
 

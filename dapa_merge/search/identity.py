@@ -48,12 +48,22 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, po
         check_writable(path)
     parts = _parts(recipe, plan, bench) | ({} if possible is None else {"possible": str(possible)})
     if path is not None:
-        return Journal(path, parts)
+        return _telling(Journal(path, parts))
     try:
-        return Journal(_cached(parts), parts)
+        return _telling(Journal(_cached(parts), parts))
     except JournalUnavailable as error:
         LOG.info(f"{error}; this search is not recorded, and starts again if it is killed")
         return Journal()
+
+
+def _telling(journal: Journal) -> Journal:
+    """Log what a journal has, and return it."""
+    if journal.tests or journal.notes:
+        LOG.info(
+            f"an earlier run recorded {len(journal.tests)} tests and {len(journal.notes)} other measurements of this "
+            f"search in the journal {journal.path}: it goes on from there, in less time"
+        )
+    return journal
 
 
 def take_over(journal: Journal) -> tuple[int, float]:

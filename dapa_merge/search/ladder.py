@@ -145,7 +145,7 @@ def _possible(last: Attempt) -> float:
         if loss > 0 and not is_noise(loss, bench.num_scored):
             told = scores_text(session, target, full)
             raise CannotRepair(
-                f"the source {recipe.source} makes the target {recipe.target} worse: {told}; were the two swapped?",
+                f"the source, {recipe.source}, makes the target, {recipe.target}, worse: {told}; were the two swapped?",
                 told,
             )
         return full.score

@@ -214,7 +214,7 @@ def _measured_again(session: Session, found: Search) -> Search:
     bench, journal = session.bench, session.journal
     bench.use(found.plan)
     remain(prompts=bench.num_prompts, steps=0, parameters=0)
-    figures = bench.baseline(found.minimum.units, what="measuring the result again").figures
+    figures = bench.baseline(found.minimum.units, what="measuring the result, whose tests an earlier run made").figures
     if found.result is not None:
         _check_same(session, f"point {found.result.name}", found.result.figures, figures)
     limits = found.limits or found.requirement
@@ -356,9 +356,9 @@ def _workers(session: Session, limits: Requirement) -> Workers:
 def baselines(session: Session) -> tuple[Baseline, Baseline]:
     """All figures of the target, and of its full transplant."""
     target = _baseline(session, "target", (), "target")
-    reference = session.plan.reference
+    reference, units = session.plan.reference, session.plan.units
     session.bench.use(reference)
-    full = _baseline(session, "full transplant", session.plan.units, f"target with all units {reference.edit.done}")
+    full = _baseline(session, "full transplant", units, f"target with all {len(units)} units {reference.edit.done}")
     session.bench.use(session.plan)
     return target, full
 
@@ -511,8 +511,8 @@ def _minimum_of_bundles(
     if is_guided and not minimum.one_minimal:
         if 2 * num_left > len(bundles):
             LOG.info(
-                f"{num_left} of {len(bundles)} bundles seem to be needed after {minimum.tests} tests, and each of them "
-                f"would take about one more; all {len(bundles)} are kept (a recipe with a larger `max_tests` goes on)"
+                f"{num_left} of {len(bundles)} bundles are left after {minimum.tests} tests, and to leave out few more "
+                f"would take a test of each; so all {len(bundles)} are kept (a larger `max_tests` goes on)"
             )
             return Minimum(tuple(itertools.chain(*bundles)), minimum.tests, False, {}), prior, len(bundles)
         minimum = _minimize(session, oracle, bundles, prior, num_free=len(oracle.asked) - num_begun)

@@ -190,11 +190,11 @@ class TraceSession:
         yield replace(found, begun=None).having("traces")
 
     def _bench(self) -> Bench:
-        told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
+        told = functools.partial(LOG.info, f"loading the target, {self.plan.target.name}")
         return Bench(self.plan, self.meter, self.options.where, settings_of(self.recipe), told)
 
     def _load_source(self) -> tuple[Any, Any]:
-        LOG.info(f"loading the source {self.plan.source.name}")
+        LOG.info(f"loading the source, {self.plan.source.name}")
         return load_model(self.plan.source, self.options.where)
 
     def _select(self, found: Traced) -> tuple[Traced, Plan | None]:

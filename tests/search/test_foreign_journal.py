@@ -116,10 +116,10 @@ def test_a_run_that_goes_on_from_it_says_so(done, tmp_path, monkeypatch):
             "full transplant",
             "score",
             0.02,
-            "the DSR of the target with all units copied is 0.020, but measured now it is",
+            "the DSR of the target with all 10 units copied is 0.020, but measured now it is",
         ),
         ("target", "perplexity", 50.0, "the perplexity of the target is 50.000, but measured now it is 1.0"),
-        ("full transplant", "over_refusal", None, "over-refusal of the target with all units copied is nan, but"),
+        ("full transplant", "over_refusal", None, "over-refusal of the target with all 10 units copied is nan, but"),
     ],
 )
 def test_a_forged_baseline_moves_no_limit(done, tmp_path, note, figure, value, said):

@@ -154,7 +154,7 @@ def test_models_that_are_swapped_are_seen_before_any_edit_is_tried(few, tmp_path
     assert result.exit_code == 3
     error = result.stderr.splitlines()[-1]
     said = r"with all \d+ units copied the DSR is [01]\.\d+, and without them [01]\.\d+; were the two swapped\?"
-    assert re.search(rf"the source .*target makes the target .*source worse: {said}", error)
+    assert re.search(rf"the source, .*target, makes the target, .*source, worse: {said}", error)
     assert "try 1 of" not in result.stderr
     assert not (tmp_path / "out").exists()
 

@@ -691,7 +691,8 @@ def test_where_most_bundles_are_needed_none_is_left_out_and_a_limit_of_the_tests
     recipe = write(modules="gate,up,down", max_tests=None)
     result = call("search", recipe, "--journal", journal)
     said = (
-        "10 of 10 bundles seem to be needed after 2 tests, and each of them would take about one more; all 10 are kept"
+        "10 of 10 bundles are left after 2 tests, and to leave out few more would take a test of each; "
+        "so all 10 are kept"
     )
     assert said in result.stderr
     found = answer("search", recipe, "--journal", journal, "--json")

@@ -447,7 +447,7 @@ def test_a_search_that_may_not_ask_enough_says_so(quick):
     found = answer("search", path, "--json")
     assert found["tests"] == 3
     assert found["one_minimal"] is False
-    assert "NOT proved minimal" in call("search", path).stdout
+    assert "not proved minimal" in call("search", path).stdout
 
 
 def test_the_limit_of_tests_counts_blocks_and_layers_together(done, own_cache, write_recipe):

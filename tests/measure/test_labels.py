@@ -362,6 +362,18 @@ def recipe(**parameters):
     return parse_recipe(json.dumps(content))
 
 
+def test_a_word_for_attacks_means_no_file_of_that_name_and_a_path_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("none", "prefill", "id_rsa"):
+        write(tmp_path / name, "secret\n")
+    for word in ("none", "prefill"):
+        check_prompts(recipe(prompts="miniature", attacks=word))
+    with pytest.raises(
+        RecipeError, match=r"attacks names \./id_rsa; a recipe may only name files that end"
+    ):
+        check_prompts(recipe(prompts="miniature", attacks="./id_rsa"))
+
+
 @pytest.mark.parametrize("key", ["prompts", "keep", "text", "skills"])
 def test_a_recipe_names_only_files_whose_name_says_that_they_hold_prompts(tmp_path, key):
     private = write(tmp_path / "id_rsa", "secret\n")

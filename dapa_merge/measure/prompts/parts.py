@@ -37,6 +37,7 @@ from dapa_merge.measure.prompts.sets import (
 )
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.attacks import parse_attacks
 from dapa_merge.recipe.parameters import TASK_PREFIX
 from dapa_merge.recipe.recipe import Recipe
 
@@ -173,7 +174,10 @@ def check_files(recipe: Recipe) -> None:
         raise RecipeError(f"{where}: {recipe.template_file} {fault}")
     for key in ("prompts", "keep", "text", "skills", "attacks"):
         names = getattr(recipe, key) or ""
-        for name in (names,) if key == "text" or names in ("", *PACKAGED) else listed_names(names):
+        one = key == "text" or names in ("", *PACKAGED)
+        # A word for an attack is none for a file of that name.
+        listed = parse_attacks(names)[1] if key == "attacks" and names else (names,) if one else listed_names(names)
+        for name in listed:
             base = base_and_query(name)[0]
             if os.path.isfile(base) and Path(base).suffix.lower() not in SUFFIXES:
                 raise RecipeError(

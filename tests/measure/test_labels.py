@@ -368,9 +368,7 @@ def test_a_word_for_attacks_means_no_file_of_that_name_and_a_path_does(tmp_path,
         write(tmp_path / name, "secret\n")
     for word in ("none", "prefill"):
         check_prompts(recipe(prompts="miniature", attacks=word))
-    with pytest.raises(
-        RecipeError, match=r"attacks names \./id_rsa; a recipe may only name files that end"
-    ):
+    with pytest.raises(RecipeError, match=r"attacks names \./id_rsa; a recipe may only name files that end"):
         check_prompts(recipe(prompts="miniature", attacks="./id_rsa"))
 
 

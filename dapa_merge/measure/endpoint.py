@@ -314,7 +314,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
 
 
 def _said(error: APIStatusError) -> str:
-    """What a server said of a request that it rejects, in one line."""
+    """The reason that a server gives for rejecting a request, in one line."""
     told = error.body.get("message") if isinstance(error.body, Mapping) else None
     # Older versions of the client quote the whole body.
     text = told if isinstance(told, str) else str(error).removeprefix(f"Error code: {error.status_code} - ")

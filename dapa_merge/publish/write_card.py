@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location, is_path, without_paths
 from dapa_merge.checkpoint.open import find_model
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import nearest_here, replace_file
+from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of, num_changed
@@ -32,7 +32,7 @@ from dapa_merge.report import charts
 from dapa_merge.report.replay import layer_parameters
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, files_in, read_manifest
-from dapa_merge.verify.result import Check, location_option, verify_result
+from dapa_merge.verify.result import Check, location_option, no_result, verify_result
 
 
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
@@ -188,9 +188,7 @@ def require_result(out: Path) -> Path:
         UsageError: If the folder is not a result.
     """
     if not out.is_dir():
-        raise UsageError(
-            f"there is no folder {out} here{nearest_here(str(out), is_folder=True)}; name that of a result"
-        )
+        raise UsageError(no_result(out))
     if not (out / RECIPE_NAME).is_file():
         raise UsageError(f"{out} has no {RECIPE_NAME}; it is not a result of dapa-merge or mergekit")
     return out / RECIPE_NAME

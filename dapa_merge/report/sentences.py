@@ -1,4 +1,4 @@
-"""What a report's figures mean, in sentences for people: what became of the fine-tune, of the source, of the limits."""
+"""Sentences for people on the figures of a report: on the fine-tune's own prompts, the source and the limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _beside(beside: BesideSource) -> str:
 
 
 def kept_text(kept: KeptFigure, beside: BesideSource | None) -> str:
-    """What became of the keep prompts."""
+    """A sentence on how the keep prompts are answered now."""
     of = f"{kept.num_same} of {kept.num_prompts} keep prompts answered word for word as before"
     if kept.num_other:
         of += f", {kept.num_other} otherwise ({100 * kept.words_shared:.0f} % of their words the same)"

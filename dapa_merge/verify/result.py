@@ -236,10 +236,13 @@ def location_option(value: str | None, option: str) -> Location | None:
 
 def _manifest(out: Path) -> Manifest | None:
     if not out.is_dir():
-        raise CheckpointError(
-            f"there is no folder {out} here{nearest_here(str(out), is_folder=True)}; name that of a result"
-        )
+        raise CheckpointError(no_result(out))
     return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
+
+
+def no_result(out: Path) -> str:
+    """The sentence on a result whose folder does not exist, with the nearest name of one that does."""
+    return f"there is no folder {out} here{nearest_here(str(out), is_folder=True)}; name that of a result"
 
 
 def _manifest_faults(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:

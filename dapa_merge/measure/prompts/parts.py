@@ -174,9 +174,11 @@ def check_files(recipe: Recipe) -> None:
         raise RecipeError(f"{where}: {recipe.template_file} {fault}")
     for key in ("prompts", "keep", "text", "skills", "attacks"):
         names = getattr(recipe, key) or ""
-        one = key == "text" or names in ("", *PACKAGED)
-        # A word for an attack is none for a file of that name.
-        listed = parse_attacks(names)[1] if key == "attacks" and names else (names,) if one else listed_names(names)
+        if key == "text" or names in ("", *PACKAGED):
+            listed: Sequence[str] = (names,)
+        else:
+            # The word for an attack never means a file, even where one has that name.
+            listed = parse_attacks(names)[1] if key == "attacks" else listed_names(names)
         for name in listed:
             base = base_and_query(name)[0]
             if os.path.isfile(base) and Path(base).suffix.lower() not in SUFFIXES:

@@ -36,6 +36,7 @@ from dapa_merge.publish.write_card import parents_of, write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
+from dapa_merge.report.drawing import draw_all
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.result import readable_certificate
@@ -267,7 +268,7 @@ def _pictures(run: charts.Run) -> dict[str, bytes]:
     try:
         return {
             f"{picture.name}{ending}": content
-            for picture in charts.draw_all(charts.CHARTS, run)
+            for picture in draw_all(charts.CHARTS, run)
             for ending, content in picture.files.items()
         }
     except Exception as error:

@@ -488,10 +488,10 @@ def only_png(monkeypatch) -> None:
 
 
 def skip_drawing(monkeypatch, *kinds: str) -> None:
-    from dapa_merge.report import charts
+    from dapa_merge.report import drawing
 
-    render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
+    render = drawing.render
+    monkeypatch.setattr(drawing, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import duration
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.report import charts
+from dapa_merge.report import drawing
 from dapa_merge.search import journal as journals
 from dapa_merge.search.bench import Bench
 from dapa_merge.trace.causal import Trace
@@ -78,7 +78,7 @@ def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
 def small_pictures():
     """Pictures of fewer dots, where only that they are drawn is looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "DOTS_PER_INCH", 50)
+        patch.setattr(drawing, "DOTS_PER_INCH", 50)
         yield
 
 
@@ -659,7 +659,7 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
 
 
 def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
-    command = [sys.executable, "-c", "from dapa_merge.report.charts import plotting; plotting()"]
+    command = [sys.executable, "-c", "from dapa_merge.report.drawing import plotting; plotting()"]
     environment = {**os.environ, "MPLBACKEND": "no-such-backend"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert re.search(r"UsageError: plots need matplotlib, which fails here: ValueError: ", done.stderr)
@@ -669,7 +669,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
     def fail(_figure, _kind):
         raise RuntimeError("no room for this picture")
 
-    monkeypatch.setattr(charts, "render", fail)
+    monkeypatch.setattr(drawing, "render", fail)
     result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "no pictures next to the model: RuntimeError: no room for this picture" in result.stderr
@@ -773,7 +773,7 @@ def test_edits_grow_in_steps_and_one_is_the_selection(total, kept, sizes):
 def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, small_disk, monkeypatch):
     recipe, out, _ = traced
     # Pictures of their usual size, of nothing.
-    monkeypatch.setattr(charts, "render", lambda figure, kind: bytes(40_000))
+    monkeypatch.setattr(drawing, "render", lambda figure, kind: bytes(40_000))
     shutil.copytree(out, small_disk / "out", ignore=shutil.ignore_patterns("*.png", "*.svg", "*.html"))
     with (small_disk / "ballast").open("wb") as file, contextlib.suppress(OSError):
         file.write(bytes(850_000))

@@ -34,7 +34,7 @@ from dapa_merge.progress import LOG
 from dapa_merge.recipe.attacks import ALLOWED, NONE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.report.charts import draw_all, plotting
+from dapa_merge.report.drawing import draw_all, plotting
 from dapa_merge.report.tables import print_lines
 from dapa_merge.trace.options import SITE_KINDS, STAGE_NAMES, TRACED, TraceOptions
 from dapa_merge.verify.result import location_option

@@ -37,7 +37,7 @@ from dapa_merge.compare.result import (
     over_refusal_change,
     skill_change,
 )
-from dapa_merge.report.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Chart, readable, sheet
+from dapa_merge.report.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Chart, readable, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -51,7 +51,7 @@ from dapa_merge.progress import LOG, begin, end
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report.charts import Picture
+from dapa_merge.report.drawing import Picture
 from dapa_merge.report.report import jsonable
 from dapa_merge.search.bench import LIMITED_JUDGE
 

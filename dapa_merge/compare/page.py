@@ -16,7 +16,7 @@ from dapa_merge.compare.methods import AUTO, DAPA, METHODS, NEEDS, RULE, declare
 from dapa_merge.compare.result import Arm, Average, Cost, Further, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import markdown, markdown_code, printable
-from dapa_merge.report.charts import Chart
+from dapa_merge.report.drawing import Chart
 from dapa_merge.report.tables import span
 from dapa_merge.search.requirement import constraints_of, limited
 

@@ -35,8 +35,7 @@ from dapa_merge.progress import task
 from dapa_merge.publish.parents import describe_parent
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import METHOD
-from dapa_merge.report.charts import Chart
-from dapa_merge.report.maps import Panel, layer_maps
+from dapa_merge.report.drawing import Chart, Panel, layer_maps
 from dapa_merge.report.report import jsonable
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import numpy
 from numpy.typing import NDArray
 
 from dapa_merge.measure.figures import Mean
-from dapa_merge.report.charts import (
+from dapa_merge.report.charts import Bar, front_figure, search_figure
+from dapa_merge.report.drawing import (
     BLACK,
     BLUE,
     CARD_LETTERS,
@@ -20,16 +21,14 @@ from dapa_merge.report.charts import (
     LINES,
     PATTERNS,
     VERMILION,
-    Bar,
     Chart,
+    Panel,
     every_few,
-    front_figure,
+    layer_maps,
     marker_of,
     readable,
-    search_figure,
     sheet,
 )
-from dapa_merge.report.maps import Panel, layer_maps
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
 from dapa_merge.trace.causal import Trace

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from dapa_merge import files as work_folder
 from dapa_merge.errors import Stopped, printable
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
-from dapa_merge.report.charts import Picture
+from dapa_merge.report.drawing import Picture
 from dapa_merge.search.journal import Journal
 from dapa_merge.trace.case import Case
 from dapa_merge.trace.causal import Trace

@@ -32,7 +32,7 @@ from dapa_merge.plan.selection import changing_selection, given_selection, make_
 from dapa_merge.progress import LOG, begin, duration, end, expect, pace, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report.charts import Picture, draw_all, plotting
+from dapa_merge.report.drawing import Picture, draw_all, plotting
 from dapa_merge.search.attribution import MAX_BACKWARD, Contrast, attribute, sides_of
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import data_digest, models_parts

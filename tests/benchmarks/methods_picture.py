@@ -17,7 +17,7 @@ from tiny import parse
 
 from dapa_merge.compare.charts import clouds_figure
 from dapa_merge.compare.methods import LABELS
-from dapa_merge.report.charts import render
+from dapa_merge.report.drawing import render
 
 # Methods that make a panel: target, source and gates alone show nothing.
 LEAST = 5

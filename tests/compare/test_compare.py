@@ -26,7 +26,7 @@ from dapa_merge.measure import expected as expecting
 from dapa_merge.measure.expected import Expected
 from dapa_merge.measure.prompts import parts
 from dapa_merge.recipe.parameters import spans
-from dapa_merge.report import charts
+from dapa_merge.report import drawing
 from dapa_merge.search import journal as journals
 from dapa_merge.search import search as searching
 from dapa_merge.search.ascent import Settings
@@ -79,7 +79,7 @@ def compared(tmp_path_factory) -> tuple[list[Path], Path, dict]:
     ]
     with pytest.MonkeyPatch.context() as patch:
         # That it is drawn at all is what is looked at.
-        patch.setattr(charts, "DOTS_PER_INCH", 50)
+        patch.setattr(drawing, "DOTS_PER_INCH", 50)
         return recipes, folder / "out", answer("compare", *recipes, "--out", folder / "out", *QUICK, "--json")
 
 

@@ -30,7 +30,7 @@ from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
 from dapa_merge.plan.edit import Copy
 from dapa_merge.recipe.options import Options
-from dapa_merge.report import charts
+from dapa_merge.report import drawing
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
@@ -82,7 +82,7 @@ def measured(monkeypatch) -> Measured:
     monkeypatch.setattr(flow, "compare_recipe", found)
     draw(monkeypatch, "methods", lambda rows: " ".join(row.name for row in rows) or None)
     draw(monkeypatch, "row_{}", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
-    monkeypatch.setattr(charts, "render", lambda figure, kind: f"{figure} {kind}".encode())
+    monkeypatch.setattr(drawing, "render", lambda figure, kind: f"{figure} {kind}".encode())
     return found
 
 
@@ -413,7 +413,7 @@ def test_without_matplotlib_pictures_stay_that_are_still_right(measured, tmp_pat
     out = tmp_path / "out"
     assert compared(out, recipes["one"], recipes["two"]).exit_code == 0
     before = content(out)
-    monkeypatch.setattr(charts, "render", fail_to_draw)
+    monkeypatch.setattr(drawing, "render", fail_to_draw)
     result = compared(out, recipes["one"], recipes["two"])
     assert result.exit_code == 0
     assert result.stderr.count("no pictures: pictures need matplotlib") == 1

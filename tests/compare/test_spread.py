@@ -13,7 +13,7 @@ from conftest import answer, call, without_time, write_few
 from dapa_merge import miniature
 from dapa_merge.compare import spread
 from dapa_merge.errors import DapaError
-from dapa_merge.report import charts
+from dapa_merge.report import drawing
 
 # With whatever else starts Ray.
 pytestmark = [
@@ -28,7 +28,7 @@ SETTINGS = (
 @pytest.fixture(scope="module", autouse=True)
 def no_charts():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "render", lambda _figure, _kind: b"")
+        patch.setattr(drawing, "render", lambda _figure, _kind: b"")
         yield
 
 

@@ -22,7 +22,7 @@ from dapa_merge.errors import DapaError, markdown, markdown_code, printable
 from dapa_merge.measure.figures import Response, responses_text
 from dapa_merge.progress import LOG, Terminal, shown
 from dapa_merge.publish.parents import split_card
-from dapa_merge.report.charts import STYLE
+from dapa_merge.report.drawing import STYLE
 from dapa_merge.trace.store import page as trace_page
 
 EVIL = (

@@ -16,7 +16,7 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import charts
-from dapa_merge.report.charts import Chart
+from dapa_merge.report.drawing import Chart, sheet
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Asked, Baseline, Search
 
@@ -24,7 +24,7 @@ FILES = {"dapa_toy.png", "dapa_toy.svg"}
 
 
 def draw(run: charts.Run):
-    with charts.sheet(2) as figure:
+    with sheet(2) as figure:
         figure.add_subplot().bar(["before", "after"], [run.report.before.dsr, run.report.after.dsr])
     return figure
 

@@ -15,19 +15,9 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from dapa_merge.measure.figures import Mean
-from dapa_merge.report import charts
-from dapa_merge.report.charts import (
-    CARD_WIDTH,
-    DOTS_PER_INCH,
-    MAX_LABEL,
-    Bar,
-    Step,
-    model_bars,
-    readable,
-    render,
-    search_path,
-)
-from dapa_merge.report.maps import Panel, layer_maps
+from dapa_merge.report import drawing
+from dapa_merge.report.charts import Bar, Step, model_bars, search_path
+from dapa_merge.report.drawing import CARD_WIDTH, DOTS_PER_INCH, MAX_LABEL, Panel, layer_maps, readable, render
 from dapa_merge.trace.charts import GroupBar, bars_by_layer, edit_curve, group_bars, heatmap
 
 
@@ -153,7 +143,7 @@ def test_a_picture_is_a_png_as_wide_as_a_card_and_an_svg_always_the_same(name, m
     # One of each kind is drawn as it is, and twice; the others are drawn by the same code.
     is_first = " " not in name
     if not is_first:
-        monkeypatch.setattr(charts, "DOTS_PER_INCH", 40)
+        monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
     figure = FIGURES[name]()
     svg, png = (render(figure, kind) for kind in ("svg", "png"))
     pixels = imread(io.BytesIO(png))

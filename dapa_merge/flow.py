@@ -25,7 +25,7 @@ from dapa_merge.plan.selection import (
     confirm_units,
     fetch_units,
     given_selection,
-    num_changed,
+    shift_of,
 )
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish import lock as locks
@@ -224,7 +224,7 @@ def write(
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
     """The report of a run, without its time."""
     search = evidence.search if evidence else None
-    counts, number = plan.edit.counts(), num_changed(plan, selection)
+    counts, shift = plan.edit.counts(), shift_of(plan, selection)
     return Report(
         version=__version__,
         target=str(recipe.target),
@@ -237,8 +237,9 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),
         num_candidates=search.num_candidates if search else len(plan.units),
-        parameters_changed=number,
-        share_changed=number / plan.target.num_parameters,
+        parameters_changed=shift.number,
+        share_changed=shift.number / plan.target.num_parameters,
+        size_of_change=shift.share,
         **{name: getattr(evidence, name, None) for name in MEASURED},
         requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,

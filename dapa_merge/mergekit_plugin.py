@@ -47,10 +47,11 @@ from dapa_merge.checkpoint.units import Unit, architecture_name, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.live import forget_kernels, mapped_values
-from dapa_merge.plan.edit import Rounding, not_finite
+from dapa_merge.plan.edit import not_finite
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import changing_selection, given_selection, models_of
+from dapa_merge.plan.values import Rounding
 from dapa_merge.progress import LOG, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans

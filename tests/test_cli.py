@@ -219,7 +219,7 @@ def test_each_kind_of_error_has_one_exit_code_and_one_sentence_and_with_debug_a_
 
 @pytest.mark.parametrize(
     ("stop", "said"),
-    [(KeyboardInterrupt(), "Error: stopped\n"), (Stopped("half is kept"), "Error: stopped; half is kept\n")],
+    [(KeyboardInterrupt(), "Stopped by Ctrl-C\n"), (Stopped("half is kept"), "Stopped by Ctrl-C; half is kept\n")],
 )
 def test_ctrl_c_is_exit_130(stop, said, monkeypatch):
     def interrupt(_path):
@@ -235,7 +235,7 @@ def test_sigterm_ends_any_command_as_ctrl_c_does_with_its_own_code(monkeypatch):
     monkeypatch.setattr("dapa_merge.cli.run.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     stopped = call("plan", "recipe.yml")
-    assert (stopped.exit_code, stopped.stderr) == (143, "Error: stopped\n")
+    assert (stopped.exit_code, stopped.stderr) == (143, "Stopped by SIGTERM\n")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -485,7 +485,7 @@ def test_ctrl_c_in_a_search_names_the_best_selection(write_recipe, monkeypatch, 
     fail_in_swap(monkeypatch, 60, KeyboardInterrupt())
     result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **small, search="ddmin"))
     assert result.exit_code == 130
-    assert last_line(result).startswith("Error: stopped; the best selection so far: ")
+    assert last_line(result).startswith("Stopped by Ctrl-C; the best selection so far: ")
 
 
 def test_a_source_that_cannot_be_loaded_is_noticed_before_the_search(write_recipe, tmp_path, small):

@@ -22,9 +22,10 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import DapaError, RecipeError
 from dapa_merge.mergekit_plugin import _with_boxes
-from dapa_merge.plan.edit import Copy, Rounding
+from dapa_merge.plan.edit import Copy
 from dapa_merge.plan.plan import divide, join
 from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.plan.values import Rounding
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.replay import replay_text
 from dapa_merge.verify.result import verify_result

@@ -112,7 +112,8 @@ class Group(click.Group):
             raise
         except KeyboardInterrupt as stop:
             kept = f"; {stop}" if isinstance(stop, Stopped) else ""
-            _fail(f"stopped{kept}", 128 + terminated[0] if terminated else INTERRUPTED)
+            by = signal.Signals(terminated[0]).name if terminated else "Ctrl-C"
+            _end(f"Stopped by {by}{kept}", 128 + terminated[0] if terminated else INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
@@ -282,5 +283,9 @@ def _fail_without_memory(error: BaseException) -> NoReturn:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {printable(message)}", err=True)
+    _end(f"Error: {message}", exit_code)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    click.echo(printable(message), err=True)
     sys.exit(exit_code)

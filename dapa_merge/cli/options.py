@@ -147,6 +147,53 @@ attacks_option = click.option(
     "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request), "
     "or files of your own.  [default: as the recipe says, or none]",
 )
+# What `repair` knows of a pair of models besides their names: parameters of its recipe.
+PAIR = (
+    click.option(
+        "--keep",
+        help="Prompts of the kind that the fine-tune is for, without answers: a file, a folder, a Hub dataset, or "
+        "skills for the questions of the skills. Without them its skill may be lost.",
+    ),
+    click.option("--pretrained", metavar="MODEL", help="The model that TARGET and SOURCE were both fine-tuned from."),
+    click.option(
+        "--prompts",
+        default="builtin",
+        show_default=True,
+        help="Harmful and harmless prompts, as in a recipe: builtin, borderline, miniature, advbench, xstest, a file, "
+        "a folder, a Hub dataset, or several with commas.",
+    ),
+    click.option(
+        "--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas."
+    ),
+    click.option(
+        "--system", metavar="TEXT", help="The system message that TARGET is used with: all prompts follow it."
+    ),
+    click.option(
+        "--chat-template",
+        metavar="FILE",
+        help="Ask with this chat template in place of the models' own; none asks without one.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        help="Where responses are cut off.  [default: 100; a thought first: 1024]",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        help="Prompts that are answered at once.  [default: chosen automatically]",
+    ),
+    click.option(
+        "--max-tests",
+        type=click.IntRange(1),
+        metavar="N",
+        help="End the search for what can be left out after so many tests; the result is then valid, but not proved "
+        "minimal.  [default: no end]",
+    ),
+)
+PAIR_NAMES = (
+    "keep", "pretrained", "prompts", "skills", "system", "chat_template", "max_new_tokens", "batch_size", "max_tests",
+)  # fmt: skip
 ASKING = (
     click.option("--system", metavar="TEXT", help="A system message before every prompt and question."),
     click.option(
@@ -356,6 +403,17 @@ def served_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(served=models, **given)
 
     return _with_options(call, SERVED)
+
+
+def pair_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a repair without a recipe; the command gets those that have a value as `parameters`."""
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        found = {name: given.pop(name) for name in PAIR_NAMES}
+        return command(parameters={name: value for name, value in found.items() if value is not None}, **given)
+
+    return _with_options(call, PAIR)
 
 
 def license_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,6 +150,7 @@ def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> Non
 @destination_options
 @card_options
 @click.option("--message", help="Of the commit, or the pull request's title.  [default: what it is]")
+@click.option("--dry-run", is_flag=True, help="Show the files and the commit, and send nothing; needs no token.")
 @json_option
 def push(
     out: Path,
@@ -157,6 +158,7 @@ def push(
     destination: dict[str, Any],
     card: CardOptions,
     message: str | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Publish OUT in the Hub's repository REPO.
@@ -166,8 +168,13 @@ def push(
     it is missing. Leaves out hidden files, weights of other programs (GGUF, ONNX) and the models' responses. The token
     is that of HF_TOKEN, of `hf auth login`, or of a CI job (HF_OIDC_RESOURCE).
     """
-    from dapa_merge.publish.push import push as publish
+    from dapa_merge.publish import push as publishing
 
+    to = Destination(repository, message=message, **destination)
     with quiet("huggingface_hub", bars=True):
-        published = publish(out, Destination(repository, message=message, **destination), card)
+        if dry_run:
+            ready = publishing.prepare(out, to, card)
+            print_answer({"repository": repository, **ready.to_json()}, ready.lines(to), as_json)
+            return
+        published = publishing.push(out, to, card)
     print_answer(published.to_json(), published.lines(), as_json)

@@ -20,6 +20,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
+    PAIR_NAMES,
     FilePath,
     allow_pickle_option,
     asking_options,
@@ -33,6 +34,7 @@ from dapa_merge.cli.options import (
     link_option,
     manifest_option,
     out_argument,
+    pair_options,
     print_answer,
     recipe_argument,
     refuse_options,
@@ -73,17 +75,27 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@recipe_argument
+@click.argument("recipe", metavar="RECIPE|TARGET", type=FilePath())
+@click.argument("source", required=False)
+@pair_options
 @allow_pickle_option
 @fitting_options
 @json_option
 @takes_options
-def plan(recipe: Path, options: Options, as_json: bool) -> None:
+def plan(recipe: Path, source: str | None, parameters: dict[str, Any], options: Options, as_json: bool) -> None:
     """Show what RECIPE would change and what that takes, without loading a model.
 
-    Time is estimated by a short calibration on the device.
+    With TARGET and SOURCE in its place, and the options of `repair`, shows what that would try. Time is estimated by a
+    short calibration on the device.
     """
-    parsed = load_recipe(recipe)
+    if source is None:
+        refuse_options(PAIR_NAMES, "is for TARGET and SOURCE; a recipe has a parameter of that name")
+        if recipe.is_dir():
+            raise UsageError(f"{recipe} is a folder, not a recipe; if it is a model to repair, name its SOURCE, too")
+        parsed = load_recipe(recipe)
+    else:
+        _check_pair(str(recipe), source)
+        parsed = pair_recipe(str(recipe), source, parameters)
     ladder = make_ladder(parsed, partial_target=True, allow_pickle=options.allow_pickle)
     with lasting():
         from dapa_merge.measure.prompts.parts import check_prompts
@@ -409,41 +421,7 @@ def run(
 @click.argument("target")
 @click.argument("source")
 @out_argument
-@click.option(
-    "--keep",
-    help="Prompts of the kind that the fine-tune is for, without answers: a file, a folder, a Hub dataset, or skills "
-    "for the questions of the skills. Without them its skill may be lost.",
-)
-@click.option("--pretrained", metavar="MODEL", help="The model that TARGET and SOURCE were both fine-tuned from.")
-@click.option(
-    "--prompts",
-    default="builtin",
-    show_default=True,
-    help="Harmful and harmless prompts, as in a recipe: builtin, borderline, miniature, advbench, xstest, a file, a "
-    "folder, a Hub dataset, or several with commas.",
-)
-@click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
-@click.option("--system", metavar="TEXT", help="The system message that TARGET is used with: all prompts follow it.")
-@click.option(
-    "--chat-template",
-    metavar="FILE",
-    help="Ask with this chat template in place of the models' own; none asks without one.",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(1),
-    help="Where responses are cut off.  [default: 100; a thought first: 1024]",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: chosen automatically]"
-)
-@click.option(
-    "--max-tests",
-    type=click.IntRange(1),
-    metavar="N",
-    help="End the search for what can be left out after so many tests; the result is then valid, but not proved "
-    "minimal.  [default: no end]",
-)
+@pair_options
 @link_option
 @manifest_option
 @search_options
@@ -461,8 +439,8 @@ def repair(
     push: str | None,
     destination: dict[str, Any],
     card: CardOptions,
+    parameters: dict[str, Any],
     as_json: bool,
-    **parameters: Any,
 ) -> None:
     """Repair TARGET with SOURCE, without a recipe.
 
@@ -478,11 +456,10 @@ def repair(
     trained into SOURCE; a change along directions of the difference. Says why the others did not, and writes what `run`
     writes, and the recipe that repeats it.
     """  # noqa: D301  click needs the character.
-    for name, place in (("TARGET", target), ("SOURCE", source)):
-        location_option(place, name)
+    _check_pair(target, source)
     published = _destination(push, destination)
     _run_and_print(
-        pair_recipe(target, source, {name: value for name, value in parameters.items() if value is not None}),
+        pair_recipe(target, source, parameters),
         None,
         out,
         as_json,
@@ -492,6 +469,11 @@ def repair(
         manifest=manifest,
         options=options,
     )
+
+
+def _check_pair(target: str, source: str) -> None:
+    for name, place in (("TARGET", target), ("SOURCE", source)):
+        location_option(place, name)
 
 
 def _destination(push: str | None, destination: dict[str, Any]) -> Destination | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
@@ -18,15 +17,14 @@ from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import TILE, Checkpoint, read_tiles
 from dapa_merge.checkpoint.region import Box, Region, Shapes, whole_box
 from dapa_merge.checkpoint.units import AUTO
-from dapa_merge.errors import CheckpointError, ValueDoesNotFit
+from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, factors_in, misfit, unfit
+from dapa_merge.plan.values import EXPONENTS, Rounding, Shift, numbers
 
 if TYPE_CHECKING:
     import torch
 
 
-# For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
-EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 # The models that an edit may read: their names in a recipe and in messages.
 MODELS = {"target": "target", "source": "source", "pretrained": "pretrained model"}
 
@@ -261,26 +259,25 @@ class Edit(ABC):
 
     def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
         """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
-        return any(self._changes(models, regions))
+        return any(shift.number for shift in self._shifts(models, regions))
 
-    def num_changed(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> int:
-        """The number of a region's elements whose new value is not the target's; takes the arguments of `tiles`."""
-        return sum(self._changes(models, regions))
+    def shift(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> Shift:
+        """How many of a region's values become others, and by how much; takes the arguments of `tiles`."""
+        return Shift.total(self._shifts(models, regions))
 
-    def _changes(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> Iterator[int]:
-        """Yield the number of changed elements of each tile. Values are compared as bits, so that NaN equals itself."""
-        width, _ = EXPONENTS[regions["target"].tensor.dtype]
+    def _shifts(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> Iterator[Shift]:
+        """Yield what becomes of each tile; of copied values only how many change, since that takes less time."""
+        dtype = regions["target"].tensor.dtype
         ours = read_tiles(models["target"], regions["target"])
         for tile, (new, _) in zip(ours, self.tiles(models, regions), strict=True):
-            if tile == new:
-                yield 0
-                continue
-            before, after = (numpy.frombuffer(one, dtype=width) for one in (tile, new))
-            is_changed = before != after
             if self.copies is None:
-                # A computed zero may have another sign: all bits but that are 0.
-                is_changed &= ((before | after) << 1) != 0
-            yield int(numpy.count_nonzero(is_changed))
+                yield Shift.between(tile, new, dtype)
+            elif tile == new:
+                yield Shift()
+            else:
+                width, _ = EXPONENTS[dtype]
+                before, after = (numpy.frombuffer(one, dtype=width) for one in (tile, new))
+                yield Shift(int(numpy.count_nonzero(before != after)))
 
     def checked_tiles(
         self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
@@ -505,37 +502,6 @@ def make_edit(
     return kind.from_json(strength, said or {}, files or {})
 
 
-@dataclass
-class Rounding:
-    """Losses from storing values in a narrower dtype; counted by several threads.
-
-    Attributes:
-        max_overflow: Number of overflows allowed.
-        overflowed: Number of values that overflowed; each became the dtype's largest value.
-        subnormal: Number of values below the dtype's normal numbers, which lost digits or became zero.
-    """
-
-    max_overflow: int = 0
-    overflowed: int = 0
-    subnormal: int = 0
-    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
-
-    def add(self, overflowed: int, subnormal: int) -> None:
-        """Count more."""
-        with self._lock:
-            self.overflowed += overflowed
-            self.subnormal += subnormal
-
-    def check(self, name: str, source: Checkpoint, dtype: str) -> None:
-        """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the tensor of the last one."""
-        if self.overflowed > self.max_overflow:
-            raise ValueDoesNotFit(
-                f"{name} of the source {source.name} leads to values that {dtype}, the target's dtype, cannot hold: at "
-                f"least {self.overflowed} overflow, but only {self.max_overflow} are allowed; `max_overflow` under "
-                f"`parameters` allows more, which become the largest value that fits"
-            )
-
-
 def _torch() -> Any:
     """Load torch where values are computed: a copy on disk does not need it."""
     import torch
@@ -559,14 +525,6 @@ def _difference(models: Mapping[str, Checkpoint], regions: Mapping[str, Region],
         )
         with numpy.errstate(invalid="ignore", over="ignore"):
             yield (theirs - ours).reshape(-1, width)
-
-
-def numbers(tile: bytes, dtype: str) -> numpy.ndarray:
-    """The values in some bytes of a float dtype, as float32."""
-    width, _ = EXPONENTS[dtype]
-    if dtype == "BF16":
-        return (numpy.frombuffer(tile, dtype=width).astype("<u4") << 16).view("<f4")
-    return numpy.frombuffer(tile, dtype=width.replace("u", "f")).astype(numpy.float32)
 
 
 def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:

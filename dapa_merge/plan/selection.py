@@ -19,6 +19,7 @@ from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError, Unsupp
 from dapa_merge.plan.directions import read_factors
 from dapa_merge.plan.edit import EDITS, LADDER, MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
+from dapa_merge.plan.values import Shift
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
@@ -207,28 +208,37 @@ def count_changed(plan: Plan, units: Sequence[Unit]) -> dict[Unit, int | None]:
     Returns:
         By unit; None where values are on the Hub and were not fetched yet.
     """
+    return {unit: None if shift is None else shift.number for unit, shift in _shifts(plan, units).items()}
+
+
+def _shifts(plan: Plan, units: Sequence[Unit]) -> dict[Unit, Shift | None]:
     full = _acting(plan, units)
 
-    def changed(unit: Unit) -> int | None:
+    def shift(unit: Unit) -> Shift | None:
         places = list(full.regions((unit,)))
         advance(1, "units")
         for name, checkpoint in full.models.items():
             if checkpoint.num_missing(_ranges(regions[name] for regions in places)):
                 return None
-        return sum(full.edit.num_changed(full.models, regions) for regions in places)
+        return Shift.total(full.edit.shift(full.models, regions) for regions in places)
 
     with task("comparing the units of the models", len(units), "units"), ThreadPoolExecutor(COMPARE_THREADS) as pool:
-        return dict(zip(units, pool.map(changed, units), strict=True))
+        return dict(zip(units, pool.map(shift, units), strict=True))
 
 
-def num_changed(plan: Plan, units: Iterable[Unit]) -> int:
-    """The number of the target's parameters that a selection really changes, as `count_changed` counts them.
+def shift_of(plan: Plan, units: Iterable[Unit]) -> Shift:
+    """How many of the target's parameters a selection really changes, as `count_changed` counts them, and how much.
 
     Fetches the units of all models but the target.
     """
     chosen = tuple(units)
     fetch_units(plan, chosen)
-    return sum(count or 0 for count in count_changed(plan, chosen).values())
+    return Shift.total(shift or Shift() for shift in _shifts(plan, chosen).values())
+
+
+def num_changed(plan: Plan, units: Iterable[Unit]) -> int:
+    """The number of the target's parameters that a selection really changes; see `shift_of`."""
+    return shift_of(plan, units).number
 
 
 def changing_selection(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -28,6 +28,7 @@ from dapa_merge.report.tables import (
     category_rows,
     change_lines,
     figure_rows,
+    moved_text,
     point_lines,
     point_rows,
     resumed_line,
@@ -145,6 +146,7 @@ def card_text(facts: CardFacts) -> str:
         # Of the names of models, which are markup, and of words of our own.
         how=_Markup(facts.edit.how({name: model(name) for name in MODELS})),
         verb=facts.edit.verb,
+        moved=moved_text(facts.report),
         freedom=_freedom(facts),
         charts=charts.CHARTS,
         reasons=needed(report.certificate) if report else [],
@@ -193,7 +195,7 @@ def _freedom(facts: CardFacts) -> str:
         return ""
     degrees = counts["degrees_of_freedom"]
     share = degrees * facts.share_changed / facts.parameters_changed
-    return f", in which the directions have {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
+    return f"; the directions in them have {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
 
 
 # The name of a model that is not published yet.

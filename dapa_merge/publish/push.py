@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import read_regular
@@ -14,6 +15,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, markdown_code, printable
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import check_id, download, find, require_token
+from dapa_merge.imports import Shown
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
@@ -35,7 +37,7 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.sentences import meaning_lines
-from dapa_merge.report.tables import change_lines
+from dapa_merge.report.tables import change_lines, moved_text
 from dapa_merge.transplant.manifest import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -67,6 +69,50 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
         inherited([(parent.name, parent.license) for parent in parents_of(recipe, card)])
 
 
+@dataclass(frozen=True)
+class Publication(Shown):
+    """All that publishing a result would send.
+
+    Attributes:
+        files: By their paths in the repository.
+        message: The first line of the commit message, or the title of the pull request.
+        description: Its further lines.
+        rewritten: Those files that are sent without the paths of this machine that the result's own have.
+        source: The repository, at a commit, that the Hub may copy files from.
+        card: What the card says; None if others wrote it.
+        said: The user's statements about it.
+    """
+
+    files: Mapping[str, LocalFile] = field(repr=False)
+    message: str
+    description: str
+    rewritten: tuple[str, ...]
+    source: Location | None
+    card: CardFacts | None = field(repr=False)
+    said: CardOptions = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a program."""
+        return {
+            "files": {name: file.num_bytes for name, file in self.files.items()},
+            "rewritten": list(self.rewritten),
+            "message": self.message,
+            "description": self.description,
+        }
+
+    def lines(self, destination: Destination) -> Iterator[str]:
+        """The files with their sizes, and the commit, as text."""
+        what = "a pull request" if destination.create_pr else "one commit"
+        size = sum(file.num_bytes for file in self.files.values())
+        yield f"{destination.repository} would get {len(self.files)} files of {size:,} bytes in {what}:"
+        for name, file in sorted(self.files.items()):
+            without = ", without this machine's paths" if name in self.rewritten else ""
+            yield f"{file.num_bytes:>18,}  {name}{without}"
+        yield f"its message: {self.message}"
+        yield from self.description.splitlines()
+        yield "nothing was sent, and no token was read; what the repository has already was not compared"
+
+
 def push(out: Path, destination: Destination, card: CardOptions, *, is_verified: bool = False) -> Published:
     """Verify a result, write its card unless others wrote one, and publish it.
 
@@ -81,9 +127,29 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         CheckpointError: If it does not match its recipe and manifest; nothing is published.
         HubError: If the Hub refuses, or does not answer; the repository has all of it or nothing.
     """
+    publishable(require_result(out).parent)
+    check_push(destination, card)
+    ready = prepare(out, destination, card, is_verified=is_verified)
+    files = dict(ready.files)
+    if ready.card is not None:
+        text = files[CARD_NAME].content
+        assert text is not None
+        if text != existing_card(out).text.encode():
+            replace_file(out / CARD_NAME, text)
+        files[CARD_NAME] = _joined_card(ready.card, read_card(text.decode()), ready.said, destination, files[CARD_NAME])
+    return publish(files, destination, ready.message, ready.source, description=ready.description)
+
+
+def prepare(out: Path, destination: Destination, card: CardOptions, *, is_verified: bool = False) -> Publication:
+    """Verify a result and put together what `push` would send; writes and sends nothing, and needs no token.
+
+    Raises:
+        UsageError: As `push` does.
+        CheckpointError: As `push` does.
+    """
     recipe = load_recipe(require_result(out))
     publishable(out)
-    check_push(destination, card)
+    check_id(destination.repository)
     before = existing_card(out)
     card = settle_facts(replace(card, title=destination.repository), before)
     check: Check | None = None
@@ -96,9 +162,6 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         LOG.info(f"{out / CARD_NAME} was not written by dapa-merge; it is published unchanged")
     else:
         facts = card_facts(out, card, check)
-        text = render_card(facts, before, card.to_said()).encode()
-        if text != before.text.encode():
-            replace_file(out / CARD_NAME, text)
     for note in _notes(out):
         LOG.info(note)
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
@@ -106,9 +169,10 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     with task("reading the files to publish", total, "bytes"):
         files = files_of(out, manifest)
     parents = parents_of(recipe, card) if facts is None else facts.parents
-    files |= {name: of_content(out / name, content) for name, content in public_files(out, recipe, parents).items()}
+    public = public_files(out, recipe, parents)
+    files |= {name: of_content(out / name, content) for name, content in public.items()}
     if facts is not None:
-        files[CARD_NAME] = _joined_card(facts, read_card(text.decode()), card, destination, files[CARD_NAME])
+        files[CARD_NAME] = of_content(out / CARD_NAME, render_card(facts, before, card.to_said()).encode())
     if private := private_models(recipe, parents):
         LOG.info(
             f"published as {' and '.join(private)}, which nobody else has: name where they are published with --target "
@@ -116,7 +180,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         )
     message = destination.message or _message(recipe, facts)
     description = "\n".join(_description(facts)) if facts else ""
-    return publish(files, destination, message, _copy_source(recipe), description=description)
+    return Publication(files, message, description, tuple(public), _copy_source(recipe), facts, card)
 
 
 def _joined_card(
@@ -152,7 +216,8 @@ def _description(facts: CardFacts) -> Iterator[str]:
     """Yields the lines of the commit's or pull request's description."""
     for parent in facts.parents:
         yield f"- {parent.role}: {markdown_code(parent.public_name or parent.name)}"
-    yield f"- {facts.edit.done}: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
+    share = f"{100 * facts.share_changed:.2f} % of the parameters{moved_text(facts.report)}"
+    yield f"- {facts.edit.done}: {spans(facts.units)}, {share}"
     if facts.report is None or facts.report.after is None:
         yield "- not measured"
     else:

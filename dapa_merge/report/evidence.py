@@ -222,7 +222,8 @@ def _limits(found: Search, searched: Searched, before: Figures, after: Figures, 
         value = known.get(one.figure)
         # A selection that was found by tests meets all limits.
         is_met = one.is_met(value, limit) if value is not None else True
-        yield Limit(SEARCH_PROMPTS, one.label, one.bound == "min", limit, value, is_met)
+        why = _origin(found, limit, settings[one.key]) if one.figure == SCORE.figure else ""
+        yield Limit(SEARCH_PROMPTS, one.label, one.bound == "min", limit, value, is_met, why)
     was, now = (_by_evaluator(figures, limits.measure) for figures in (before, after))
     for one, limit in held:
         own = limit if one.figure == SCORE.figure else one.limit(one.of(was), math.nan, settings[one.key])
@@ -230,6 +231,16 @@ def _limits(found: Search, searched: Searched, before: Figures, after: Figures, 
         if not math.isnan(own):
             value = one.of(now)
             yield Limit(HELD_OUT, one.label, one.bound == "min", own, value, one.is_met(value, own))
+
+
+def _origin(found: Search, limit: float, retain: float) -> str:
+    """What the least score is a share of, as the rest of a phrase."""
+    before = found.target.score
+    reached = before + (limit - before) / retain
+    all_units = found.reference or found.full
+    is_of_all = math.isclose(reached, all_units.score, abs_tol=1e-6)
+    whose = "that all units reach" if is_of_all else "that is the most known to be possible"
+    return f", {100 * retain:g} % of the way from {before:.3f} to the {reached:.3f} {whose}"
 
 
 def _by_evaluator(figures: Figures, measure: str) -> Figures:

@@ -31,7 +31,7 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.charts import CHARTS
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.report.sentences import meaning_lines, prompts_name
-from dapa_merge.report.tables import TableRow, category_rows, change_lines, figure_rows, span
+from dapa_merge.report.tables import TableRow, category_rows, change_lines, figure_rows, moved_text, span
 from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME
 
 # The responses of four models to fifty thousand prompts of the usual length; a browser takes some seconds for them.
@@ -305,7 +305,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("target", report.target),
         ("source", report.source),
         ("prompts", report.prompts),
-        ("changed", f"{spans(report.units)}, {100 * report.share_changed:.2f} % of the parameters"),
+        ("changed", f"{spans(report.units)}, {100 * report.share_changed:.2f} % of the parameters{moved_text(report)}"),
     ]
 
 

@@ -55,6 +55,8 @@ class Report(Shown):
         parameters_changed: Number of the target's parameters in them whose values became others: not all, where the
             models differ in only some.
         share_changed: Share of the target's parameters that these are, in [0, 1].
+        size_of_change: How far the values of the edited units moved, as a share of their size (Frobenius norms, of all
+            units together); None for an edit that copies, and in older reports.
         before: Figures of the target on prompts that the search did not ask, or on all if the layers were given; None,
             like the next four, if nothing was evaluated.
         dsr_change: The change on harmful prompts from `before` to `after`.
@@ -131,6 +133,7 @@ class Report(Shown):
     held_out: bool = False
     limits: tuple[Limit, ...] = ()
     edit: str | None = None
+    size_of_change: float | None = None
 
     @property
     def share_of_freedom(self) -> float | None:

@@ -289,7 +289,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("target", report.target),
         ("source", report.source),
         (EDITS[report.edit].done if report.edit in EDITS else "edited", spans(report.units)),
-        ("parameters changed", f"{100 * report.share_changed:.2f} %"),
+        ("parameters changed", f"{100 * report.share_changed:.2f} %{moved_text(report)}"),
     ]
     if report.directions is not None and report.degrees_of_freedom is not None:
         found = freedom(report.directions, report.degrees_of_freedom, report.share_of_freedom or 0.0)
@@ -321,6 +321,13 @@ def _facts(report: Report) -> list[tuple[str, str]]:
             facts.append(("arithmetic", report.arithmetic))
         facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
+
+
+def moved_text(report: Report | None) -> str:
+    """By how much of their size the changed parameters moved, as the rest of a sentence; empty if that is unknown."""
+    if report is None or report.size_of_change is None:
+        return ""
+    return f", which moved by {100 * report.size_of_change:.2g} % of their size"
 
 
 def freedom(directions: int, degrees: int, share: float) -> str:

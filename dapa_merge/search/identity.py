@@ -48,20 +48,21 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, po
         check_writable(path)
     parts = _parts(recipe, plan, bench) | ({} if possible is None else {"possible": str(possible)})
     if path is not None:
-        return _telling(Journal(path, parts))
+        return telling(Journal(path, parts))
     try:
-        return _telling(Journal(_cached(parts), parts))
+        return telling(Journal(_cached(parts), parts))
     except JournalUnavailable as error:
         LOG.info(f"{error}; this search is not recorded, and starts again if it is killed")
         return Journal()
 
 
-def _telling(journal: Journal) -> Journal:
-    """Log what a journal has, and return it."""
-    if journal.tests or journal.notes:
+def telling(journal: Journal) -> Journal:
+    """Log what a journal has of an earlier run, rather than of an earlier try of this one, and return it."""
+    tests, notes = (len(journal.earlier & known.keys()) for known in (journal.tests, journal.notes))
+    if tests or notes:
         LOG.info(
-            f"an earlier run recorded {len(journal.tests)} tests and {len(journal.notes)} other measurements of this "
-            f"search in the journal {journal.path}: it goes on from there, in less time"
+            f"an earlier run recorded {tests} tests and {notes} other measurements of this search in the journal "
+            f"{journal.path}: it goes on from there, in less time"
         )
     return journal
 

@@ -121,6 +121,7 @@ class Limit:
         limit: Set by the target's figure on the same prompts; a score's is that of the search.
         value: What was found; None if a search ended before it was known exactly, or if it is not finite.
         is_met: Whether the limit is met.
+        why: Where the limit comes from, as the rest of a phrase; empty where the recipe's parameters say it.
     """
 
     prompts: str
@@ -129,9 +130,10 @@ class Limit:
     limit: float
     value: float | None
     is_met: bool
+    why: str = ""
 
     def __str__(self) -> str:
-        bound = f"{'at least' if self.is_floor else 'at most'} {shown(self.limit)}"
+        bound = f"{'at least' if self.is_floor else 'at most'} {shown(self.limit)}{self.why}"
         return f"{self.figure} {bound}" if self.value is None else f"{self.figure} {shown(self.value)} ({bound})"
 
 

@@ -24,8 +24,8 @@ from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError, some_of
 from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
-from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.values import Rounding
 from dapa_merge.progress import LOG, advance
 from dapa_merge.transplant.manifest import MANIFEST_NAME, WRITTEN, make_manifest, manifest_text
 from dapa_merge.transplant.shard import (

@@ -27,8 +27,8 @@ from dapa_merge.checkpoint.region import Box, Region, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import write_all
-from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.values import Rounding
 from dapa_merge.progress import advance
 
 # Bytes copied before they are read back: enough for a fast kernel copy, and still in the second-level cache. Copying

@@ -139,7 +139,7 @@ def stopped(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[str
         is_early = not said
         if process.returncode != SIGNALS[number] and not is_early:
             faults.append(f"{name}: exit code {process.returncode} after {number.name}: {last}")
-        if number != signal.SIGKILL and not last.startswith("Error: stopped") and not is_early:
+        if number != signal.SIGKILL and not last.startswith("Stopped by ") and not is_early:
             faults.append(f"{name}: after {number.name} the last line is {last!r}")
         if job.out is not None and job.out(here).exists():
             faults.append(f"{name}: {job.out(here)} exists after {number.name}")

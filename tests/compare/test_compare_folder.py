@@ -521,7 +521,7 @@ def test_whoever_stops_it_is_told_that_the_same_command_goes_on(
         kept = "nothing was measured yet, and the same command starts again"
     result = compared(tmp_path / "out", recipes["one"])
     assert result.exit_code == exit_code
-    assert result.stderr.splitlines()[-1] == f"Error: stopped; {kept}"
+    assert result.stderr.splitlines()[-1] == f"Stopped by {how.partition(' in ')[0]}; {kept}"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

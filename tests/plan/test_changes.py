@@ -116,11 +116,11 @@ def test_a_value_counts_if_its_bits_change_but_for_the_sign_of_a_computed_zero(t
     regions = {name: Region.of(model.tensors["x"]) for name, model in models.items()}
     one, other = (array.view(numpy.uint32) for array in arrays)
     copy, blend = EDITS["copy"](), EDITS["blend"](0.5)
-    assert copy.num_changed(models, regions) == int((one != other).sum())
+    assert copy.shift(models, regions).number == int((one != other).sum())
     assert copy.differs(models, regions) == bool((one != other).any())
     # A blend of what is equal and finite is that; NaN and infinity become NaN, of any bits.
     finite = numpy.isfinite(arrays[0]) & numpy.isfinite(arrays[1])
-    changed = blend.num_changed(models, regions)
+    changed = blend.shift(models, regions).number
     assert 0 <= changed - int((arrays[0] != arrays[1])[finite].sum()) <= int((~finite).sum())
 
 

@@ -22,6 +22,7 @@ from conftest import (
     num_different,
     save_random,
     tiny_llama,
+    weights,
 )
 from direction_files import chosen, saved
 from mergekit.merge import run_merge
@@ -304,13 +305,27 @@ def test_the_degrees_of_freedom_are_shown_beside_the_share_of_values(pair, table
     assert report["share_changed"] == changed / number
     said = f"768 degrees of freedom, {100 * 768 / number:.2f} % of the parameters"
     card = (repaired / "README.md").read_text()
-    assert f"That changed {100 * report['share_changed']:.2f} % of its parameters ({changed:,}), in which" in card
+    moved = f", which moved by {100 * report['size_of_change']:.2g} % of their size"
+    assert f"That changed {100 * report['share_changed']:.2f} % of its parameters ({changed:,}){moved}; the" in card
     assert said in card
     shown = call("run", repaired / "mergekit_config.yml", tmp_path / "out", "--no-evaluate").stdout
     assert f"directions added    12 with {said}" in shown
+    assert f"parameters changed  {100 * report['share_changed']:.2f} %{moved}" in shown
     older = {key: value for key, value in report.items() if key not in ("directions", "degrees_of_freedom")}
     (tmp_path / "old.json").write_text(json.dumps(older))
     assert read_report(tmp_path / "old.json").share_of_freedom is None
+
+
+def test_the_size_of_a_change_is_that_of_the_edited_units_on_disk(pair, repaired):
+    report = json.loads((repaired / "dapa_report.json").read_text())
+    before, after = ({**weights(folder)} for folder in (pair[0], repaired))
+    units = [f"layers.{unit.partition('.')[0]}." for unit in report["units"]]
+    ends = tuple(f"{unit.partition('.')[2]}_proj.weight" for unit in report["units"])
+    edited = [name for name in before if name.endswith(ends) and any(unit in name for unit in units)]
+    moved = sum(float((after[name].double() - before[name].double()).square().sum()) for name in edited)
+    size = sum(float(before[name].double().square().sum()) for name in edited)
+    assert len(edited) == len(report["units"]) == 4
+    assert report["size_of_change"] == pytest.approx((moved / size) ** 0.5, rel=1e-3)
 
 
 def test_a_card_names_no_path_of_a_file_of_directions(pair, table, tmp_path):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
-from dapa_merge.plan.edit import Copy, Rounding, make_edit
+from dapa_merge.plan.edit import Copy, make_edit
 from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.plan.values import Rounding
 from dapa_merge.transplant.result import transplant
 from dapa_merge.verify.tensors import verify
 

@@ -54,6 +54,32 @@ def test_what_is_published_is_the_folder_in_one_commit(any_hub, new_id, result, 
     assert len(any_hub.api.list_repo_commits(name)) == 2
 
 
+def test_a_dry_run_shows_the_commit_that_a_push_makes_and_neither_writes_nor_asks_for_a_token(
+    hub, new_id, result, tmp_path, monkeypatch
+):
+    before = tree(result)
+    name, requests = new_id("repaired"), len(hub.requests)
+    with monkeypatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        shown = call("push", result, name, "--dry-run", "--json")
+        told = call("push", result, name, "--dry-run", "--create-pr")
+    assert shown.exit_code == told.exit_code == 0, shown.stderr
+    assert tree(result) == before
+    assert not any(one.method not in ("GET", "HEAD") for one in hub.requests[requests:])
+    said = json.loads(shown.stdout)
+    published = push(result, name)
+    (commit, *_) = hub.api.list_repo_commits(name)
+    assert (said["repository"], said["message"]) == (name, commit.title)
+    assert set(said["files"]) == set(published["written"])
+    downloaded = tree(Path(snapshot_download(name, local_dir=tmp_path / "downloaded")))
+    assert said["files"] == {path: len(content) for path, content in downloaded.items()}
+    assert f"{name} would get {len(downloaded)} files of " in told.stdout
+    assert " in a pull request:" in told.stdout
+    assert told.stdout.endswith(
+        "nothing was sent, and no token was read; what the repository has already was not compared\n"
+    )
+
+
 @pytest.mark.parametrize("options", [(), ("--no-manifest",)])
 def test_the_directions_of_a_result_are_published_with_it(options, hub, new_id, llama_pair, tmp_path):
     target, source = llama_pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -162,6 +163,10 @@ def test_each_limit_of_the_recipe_is_there_once_for_the_search_prompts_and_once_
     for one in report.limits:
         assert one.is_met == (one.value >= one.limit if one.is_floor else one.value <= one.limit)
     assert f"the limits: DSR at least {searched[0].limit:.3f}" in result.stderr
+    full = float(re.search(r"with all 30 units copied: DSR ([0-9.]+)", result.stderr)[1])
+    assert searched[0].limit == pytest.approx(0.95 * full)
+    assert str(searched[0]).endswith(f", 95 % of the way from 0.000 to the {full:.3f} that all units reach)")
+    assert not any(one.why for one in report.limits[1:])
 
 
 def test_messages_say_once_which_prompts_are_which_and_call_them_so(repaired):
@@ -217,7 +222,7 @@ def test_a_limit_that_the_held_out_prompts_break_is_named(demo):
     broken = replace(report.limits[-1], is_met=False)
     lines = meaning_lines(replace(report, limits=(*report.limits[:-1], broken)))
     assert lines[-1][1].startswith(f"NOT met by {broken.figure} on 64 harmful and 64 harmless held-out prompts: ")
-    assert lines[-2][1].startswith("all met on 64 harmful and 64 harmless search prompts: DSR 0.953 (at least 0.950), ")
+    assert lines[-2][1].startswith("all met on 64 harmful and 64 harmless search prompts: DSR 0.953 (at least 0.950, ")
 
 
 def test_a_report_of_an_earlier_version_is_read_without_all_this(demo, tmp_path):

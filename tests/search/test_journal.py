@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.search import identity
+from dapa_merge.search import journal as journals
 from dapa_merge.search.journal import Journal, JournalUnavailable, name_of
 
 PARTS = {"target": "sha256 1", "prompts": "sha256 2"}
@@ -199,3 +201,17 @@ def test_a_journal_that_no_search_writes_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("dapa_merge.files.MAX_RECORD_BYTES", 50)
     with pytest.raises(DapaError, match=r"journal: It is larger than"):
         Journal(tmp_path / "journal", {})
+
+
+def test_only_another_run_is_told_of_as_an_earlier_one(path, caplog, monkeypatch):
+    caplog.set_level("INFO", "dapa_merge")
+    # As a second edit of one run opens again what a first one measured by it.
+    with closing(identity.telling(Journal(path, PARTS))):
+        assert caplog.messages == []
+    monkeypatch.setattr(journals, "_written_here", set())
+    with closing(identity.telling(Journal(path, PARTS))):
+        pass
+    assert caplog.messages == [
+        f"an earlier run recorded 3 tests and 1 other measurements of this search in the journal {path}: it goes on "
+        "from there, in less time"
+    ]

@@ -87,6 +87,31 @@ def test_the_plan_lists_every_rung(write_recipe):
     assert [(rung["edit"], len(rung["units"])) for rung in rungs] == [("copy", 10), ("directions", 70)]
 
 
+def test_a_pair_is_planned_as_its_recipe_is(write_recipe):
+    recipe = write_recipe(*PAIR, edit="auto", layers="auto", prompts="miniature", max_new_tokens=12)
+    of_pair = answer("plan", *PAIR, "--prompts", "miniature", "--max-new-tokens", 12, "--json")
+    of_recipe = answer("plan", recipe, "--json")
+    assert of_pair["rungs"] == of_recipe["rungs"]
+    assert of_pair["forecast"]["tests"] == of_recipe["forecast"]["tests"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((PAIR[0],), "is a folder, not a recipe; if it is a model to repair, name its SOURCE, too"),
+        (
+            ("recipe.yml", "--keep", "mine.txt"),
+            "--keep is for TARGET and SOURCE; a recipe has a parameter of that name",
+        ),
+        ((PAIR[0], ""), "SOURCE is ''; pass a folder, a Hub id or id@revision"),
+    ],
+)
+def test_what_is_neither_a_recipe_nor_a_pair_cannot_be_planned(arguments, sentence):
+    result = call("plan", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert sentence in result.stderr
+
+
 @pytest.fixture(scope="module")
 def repaired(few, tmp_path_factory):
     """The recipe of the pair that gates repair, the folder of its result, and its report."""

@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         run.send_signal(stop)
         assert run.wait() == code, run.stderr
         last = run.stderr.splitlines()[-1]
-        assert last.startswith("Error: stopped; ")
+        assert last.startswith(f"Stopped by {'Ctrl-C' if stop == signal.SIGINT else 'SIGTERM'}; ")
         assert f"other measurements are in the journal {journal}, and the same command goes on from there" in last
         assert not (tmp_path / "out").exists()
     # In the report, after the search.
@@ -67,6 +67,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         assert f"the {role} was measured on these held-out prompts before: DSR" in resumed.stderr
     assert "loading the source" not in resumed.stderr
     assert "measured the target on" not in resumed.stderr
+    assert f"other measurements of this search in the journal {journal}: it goes on from there" in resumed.stderr
     whole = started("run", recipe, tmp_path / "whole", "--journal", tmp_path / "other.jsonl", "--no-lock", "--json")
     assert whole.wait() == 0, whole.stderr
     found, wanted = (without_time(json.loads(run.stdout)) for run in (resumed, whole))

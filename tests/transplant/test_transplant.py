@@ -400,7 +400,7 @@ def test_ctrl_c_in_the_copy_keeps_what_is_finished_and_says_so(stopped_run):
     (staging,) = out.parent.iterdir()
     finished = set(finished_files(staging))
     assert {path.name for path in (staging / "result").iterdir()} == finished, "what is not finished takes space"
-    (line,) = re.findall(r"^Error: stopped; (.*)$", process.stderr, re.MULTILINE)
+    (line,) = re.findall(r"^Stopped by Ctrl-C; (.*)$", process.stderr, re.MULTILINE)
     assert re.fullmatch(
         rf"\d+ finished files \(0\.\d\d GB\) are kept in {re.escape(str(staging))}, "
         r"and the same command goes on from there",

@@ -65,9 +65,12 @@ _lock = threading.RLock()
 _tasks: list[_Task] = []
 _jobs: list[_Job] = []
 _consoles: list[Console] = []
-# Without a terminal, a work that takes long says so often how far it is.
+# Without a terminal, a work that takes long says so often how far it is, and is looked at so often.
 TOLD_EVERY_SECONDS = 30.0
+LOOKED_AT_EVERY_SECONDS = 1.0
 _told = [0.0]
+# The last step that was told, and when.
+_step: list[tuple[str, float]] = [("", 0.0)]
 # For so long a pace that was estimated counts beside the one that is measured.
 PRIOR_SECONDS = 20.0
 
@@ -267,9 +270,47 @@ def advance(amount: int, unit: str) -> None:
         innermost.move(amount)
         if _jobs:
             _jobs[-1].advance(amount, unit)
-        if _consoles and not _is_drawn() and time.monotonic() - _told[0] >= TOLD_EVERY_SECONDS:
-            _told[0] = time.monotonic()
-            LOG.info(_how_far(innermost))
+    _break_silence()
+
+
+def _break_silence() -> None:
+    """Say how far a work is, if nobody sees a bar and nothing was said for long."""
+    with _lock:
+        now = time.monotonic()
+        if not (_tasks or _jobs) or not _consoles or _is_drawn() or now - _told[0] < TOLD_EVERY_SECONDS:
+            return
+        _told[0] = now
+        if _tasks:
+            line = _how_far(_tasks[-1])
+        else:
+            # Such as a model that is being loaded.
+            ((step, since),) = _step
+            line = f"at work for {duration(now - since)} on what follows this: {step}"
+        kept = list(_step)
+    LOG.info(line)
+    # Such a line is no step.
+    _step[:] = kept
+
+
+@contextmanager
+def _watched(console: Terminal) -> Iterator[None]:
+    """Break every long silence inside the `with` block, also where a work does not advance."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOKED_AT_EVERY_SECONDS):
+            _break_silence()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def _how_far(work: _Task) -> str:
@@ -277,7 +318,9 @@ def _how_far(work: _Task) -> str:
     is_size = work.unit == "bytes"
     done, total = (f"{number / 1e9:.2f}" if is_size else f"{number:,.0f}" for number in (work.done, work.total))
     spent = time.monotonic() - work.start
-    left = _jobs[-1].seconds_left() if _jobs else spent * max(work.total - work.done, 0) / max(work.done, 1e-9)
+    left = _jobs[-1].seconds_left() if _jobs else None
+    if not _jobs and work.done:
+        left = spent * max(work.total - work.done, 0) / work.done
     what = _doing(_jobs[-1]) if _jobs else work.description
     told = [f"{what}: {done} of {total} {'GB' if is_size else work.unit}", _left_text(left)]
     return ", ".join(filter(None, told)) + (" in all" if _jobs and left is not None else "")
@@ -299,8 +342,14 @@ def shown(quiet: bool = False) -> Iterator[None]:
         return
     console = Terminal(stderr=True)
     _consoles.append(console)
+
+    def tell(line: str) -> None:
+        _told[0] = time.monotonic()
+        _step[:] = [(line, _told[0])]
+        console.print(line, soft_wrap=True)
+
     try:
-        with _each_step(lambda line: console.print(line, soft_wrap=True)):
+        with _each_step(tell), _watched(console):
             yield
     finally:
         _consoles.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
@@ -104,6 +105,33 @@ def test_a_work_that_is_not_part_of_a_job_has_its_own_line(console, monkeypatch)
         now[0] += 31
         advance(2_000_000_000, "bytes")
     assert lines == ["verifying: 2.00 of 8.00 GB, about 93 s left"]
+
+
+def test_a_long_step_that_does_not_advance_breaks_its_silence(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "TOLD_EVERY_SECONDS", 0.3)
+    monkeypatch.setattr(progress, "LOOKED_AT_EVERY_SECONDS", 0.01)
+    with progress.shown():
+        progress.LOG.info("loading the target, x")
+        # Nothing is at work: who waits for words of the user need not say so.
+        time.sleep(0.5)
+        with job({"prompts": 2.0}):
+            expect("report", prompts=10)
+            begin("report")
+            time.sleep(0.8)
+            with task("asking", 10, "prompts"):
+                time.sleep(0.5)
+        with task("verifying", 10, "bytes"):
+            time.sleep(0.5)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "loading the target, x"
+    at_work, asking, verifying = (
+        [line for line in others if line.startswith(start)] for start in ("at work", "asking", "verifying")
+    )
+    assert at_work
+    assert all(re.fullmatch(r"at work for \d s on what follows this: loading the target, x", one) for one in at_work)
+    assert asking[0] == "asking: 0 of 10 prompts, about 20 s left in all"
+    assert {*verifying} == {"verifying: 0.00 of 0.00 GB"}
+    assert len(others) == len(at_work) + len(asking) + len(verifying)
 
 
 def test_a_library_call_says_nothing(monkeypatch):

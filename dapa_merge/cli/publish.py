@@ -67,12 +67,20 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 @click.option(
     "--max-divergence", type=float, help="Divergence of the result from the target, in nats per token, at most."
 )
+@click.option(
+    "--min-kept",
+    type=float,
+    help="Share of keep prompts that the result answers word for word as before, at least.",
+)
+@click.option(
+    "--max-kept-refused", type=float, help="Share of them that the result refuses and the target does not, at most."
+)
 @click.option("--min-skill", metavar="[NAME=]FLOAT", multiple=True, help="A skill of the result, or each, at least.")
 @click.option("--min-skill-kept", type=float, help="Each skill of the result to that of the target, at least.")
 @click.option(
     "--confident",
     is_flag=True,
-    help="Hold the worse end of the 95 % interval of DSR, over-refusal and skills against their limits.",
+    help="Hold the worse end of the 95 % interval of DSR, over-refusal, --min-kept and skills against their limits.",
 )
 @click.option(
     "--summary",

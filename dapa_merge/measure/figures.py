@@ -131,6 +131,11 @@ class KeptFigure:
         """Share of prompts answered word for word as the target does, in [0, 1]."""
         return self.num_same / self.num_prompts
 
+    @property
+    def share_newly_refused(self) -> float:
+        """Share of prompts that are refused, and not by the target, in [0, 1]."""
+        return self.num_newly_refused / self.num_prompts
+
 
 @dataclass(frozen=True)
 class BesideSource:

@@ -21,6 +21,8 @@ class Limits:
     Attributes:
         max_divergence: Limit of the result's divergence from the target, in nats per token.
         max_perplexity_ratio: Limit of the result's perplexity divided by the target's.
+        min_kept: Limit of the share of the keep prompts that are answered word for word as before.
+        max_kept_refused: Limit of the share of them that the result refuses and the target does not.
         min_skills: Limits of the result's skills, by name; None stands for every skill.
         min_skill_kept: Limit of each skill divided by the target's.
         confident: Whether the worse end of a 95 % interval, if any, must be within the limit.
@@ -33,6 +35,8 @@ class Limits:
     max_perplexity: float | None = None
     max_perplexity_ratio: float | None = None
     max_divergence: float | None = None
+    min_kept: float | None = None
+    max_kept_refused: float | None = None
     min_skills: tuple[tuple[str | None, float], ...] = ()
     min_skill_kept: float | None = None
     confident: bool = False
@@ -103,6 +107,12 @@ def _single_figures(report: Report, limits: Limits) -> Iterator[Asked]:
     yield "perplexity", after.perplexity if after else None, limits.max_perplexity, False
     yield "perplexity, to the target's", ratio, limits.max_perplexity_ratio, False
     yield "divergence", after.divergence if after else None, limits.max_divergence, False
+    same = newly_refused = None
+    if after is not None and after.kept is not None:
+        same = after.kept.same_interval[0] if limits.confident else after.kept.share_same
+        newly_refused = after.kept.share_newly_refused
+    yield f"keep prompts answered as before{low}", same, limits.min_kept, True
+    yield "keep prompts newly refused", newly_refused, limits.max_kept_refused, False
 
 
 def _rise(before: Figures | None, after: Figures | None, name: str) -> float | None:

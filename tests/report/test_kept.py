@@ -147,6 +147,23 @@ def test_the_same_sentences_are_on_the_terminal_in_the_card_on_the_page_and_in_a
     assert "held-out prompts" in lines[-1][1]
 
 
+def test_the_answers_to_the_keep_prompts_can_be_held_to_limits(repaired, demo):
+    _, out, report, _ = repaired
+    kept = report.after.kept
+    for value, word, options in (
+        (kept.share_same, "min-kept", ()),
+        (kept.same_interval[0], "min-kept", ("--confident",)),
+        (kept.num_newly_refused / kept.num_prompts, "max-kept-refused", ()),
+    ):
+        for limit, code in ((value, 0), (value + (0.001 if word == "min-kept" else -0.001), 6)):
+            result = call("gate", out, f"--{word}", limit, *options, "--json")
+            assert result.exit_code == code, result.output
+            assert json.loads(result.stdout)["gates"][0]["value"] == pytest.approx(value)
+    # Without keep prompts nothing is known.
+    assert call("gate", demo[0], "--min-kept", 0).exit_code == 6
+    assert "not measured" in call("gate", demo[0], "--max-kept-refused", 1).stdout
+
+
 def test_each_limit_of_the_recipe_is_there_once_for_the_search_prompts_and_once_for_the_held_out_ones(repaired):
     _, _, report, result = repaired
     searched, held_out = (

@@ -267,6 +267,9 @@ def points_front(
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         if is_wide:
             upper.set_xscale("symlog", linthresh=min(places), linscale=0.5)
+        else:
+            # Without a factor of all labels, which stands in a corner where it is overlooked.
+            lower.xaxis.set_major_formatter(plotting().ticker.StrMethodFormatter("{x:g}"))
         upper.set_xlim(-0.2 * min(places) if is_wide else -0.04 * right, right)
         _draw_limits(upper, lower, limits)
         front = sorted((point.divergence, point.score) for point in known if point.on_front)

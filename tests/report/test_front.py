@@ -104,3 +104,12 @@ def test_points_that_do_not_diverge_or_cannot_be_compared_are_no_obstacle(diverg
 def test_without_points_nothing_is_drawn():
     assert draw_front(Run(None, None, None)) is None
     assert "dapa_front" in [chart.name for chart in CHARTS]
+
+
+def test_no_label_of_an_axis_has_a_factor_in_a_corner():
+    points = [Place(str(number), number * 2.5e-6, 1.0, 0.0) for number in (1, 2, 3)]
+    figure = draw(points, [TARGET])
+    figure.canvas.draw()
+    lower = figure.axes[1]
+    assert lower.xaxis.get_offset_text().get_text() == ""
+    assert "5e\N{MINUS SIGN}06" in {text.get_text() for text in lower.get_xticklabels()}

@@ -126,9 +126,9 @@ def free_port() -> int:
 
 
 def start_transformers(port: int) -> warm.Process:
-    """Start `transformers serve` without waiting for it."""
+    """Start `transformers serve` without waiting for it; in float32, in which all kernels decide alike."""
     call = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    arguments = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    arguments = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     return warm.Process([sys.executable, "-c", call, *arguments])
 
 

@@ -102,7 +102,7 @@ def forecast_row(
     results -= sum(" besides " not in note and not note.startswith(OTHER_NOTES) for note in known)
     trials -= sum(note.startswith("trial ") for note in known)
     scores -= sum(note.startswith("score ") for note in known)
-    passes = Calibration(plan.target, choose_device(options.device))
+    passes = Calibration(plan.target, choose_device(options.device), options.dtype)
     step = (1 + BACKWARD) * passes.pass_seconds(BATCH_SIZE * TOKENS_OF_ROW, BATCH_SIZE * TOKENS_OF_ROW // 2)
     own = {
         "prompts": max(results, 0) * each + (max(trials, 0) + max(scores, 0)) * tried,

@@ -11,8 +11,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch.nn.functional import linear
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -54,8 +56,10 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
         return True
     if device_types(model) != {"cpu"} or num_tokens > MAX_TOKENS or not _is_replaceable(model):
         return False
-    layers = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
-    return all(_layer_repeats(shape, model.dtype, torch.get_num_threads()) for shape in layers)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    packs = can_pack(sum(layer.weight.numel() for layer in layers))
+    shapes = {tuple(layer.weight.shape) for layer in layers}
+    return all(_layer_repeats(shape, model.dtype, torch.get_num_threads(), packs) for shape in shapes)
 
 
 @contextmanager
@@ -136,7 +140,7 @@ def _is_replaceable(model: PreTrainedModel) -> bool:
 
 
 @functools.cache
-def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int) -> bool:
+def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int, packs: bool = False) -> bool:
     """Whether a linear layer computes the same bits for a token in any batch; the same answer in every process."""
     generator = torch.Generator().manual_seed(0)
     num_tokens = max(*NUMBERS, math.ceil(NUM_VALUES / shape[0]))
@@ -144,7 +148,7 @@ def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int
     drawn = torch.randn(min(shape[0], NUM_DRAWN), shape[1], generator=generator).to(dtype)
     layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
     layer.weight = torch.nn.Parameter(drawn[torch.arange(shape[0]) % len(drawn)])
-    with torch.no_grad(), batch_invariant(layer):
+    with torch.no_grad(), batch_invariant(layer, packs=packs):
         expected = layer(states)
         return all(
             torch.equal(layer(states[start : start + number]), expected[start : start + number])
@@ -157,19 +161,33 @@ def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int
 MIN_TOKENS = 4
 # What accelerate's hooks call, where a model is spread over devices.
 FORWARD = "_old_forward"
-# Number of elements of a weight to upcast at once; a whole output layer would take gigabytes.
+# Number of elements of a weight to upcast, or of float32 results to have, at once; a whole output layer would take
+# gigabytes.
 PIECE = 1 << 24
+# Where a layer keeps its packed weight.
+PACKED = "_dapa_packed"
+# Of all memory, the most that the packed weights of a model may take; not of what is free at the moment, since the two
+# ways of computing round differently.
+SHARE = 0.25
+# Rows for which weights are packed.
+NUM_ROWS = 16
 
 
 @contextmanager
-def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
+def batch_invariant(model: torch.nn.Module, *, packs: bool | None = None) -> Iterator[None]:
     """Compute the linear layers of a 16-bit model on a CPU alike for any number of tokens, inside a `with` block.
 
     On a CPU with 16-bit arithmetic, torch's kernel for a single vector sums in another order than those for matrices: a
     single token is computed as two. On one without, the kernels for 16-bit matrices are about ten times slower than
-    those for float32, to which a weight is upcast exactly, one layer at a time. As in those kernels, sums are in
-    float32 and rounded to 16 bits once; only their order differs. Other models are not changed. Weights may change
-    inside the block: upcast copies are not kept. What is computed in the block can be differentiated after it.
+    those for float32, to which a weight is upcast exactly. As in those kernels, sums are in float32 and rounded to 16
+    bits once; only their order differs. Upcast weights are kept, packed as oneDNN reads them fastest, where they take
+    at most `SHARE` of the memory, until they change or `drop_copies`; elsewhere they are upcast for each pass, one
+    layer at a time. Other models are not changed. Weights may change inside the block, in place. What is computed in
+    the block can be differentiated after it.
+
+    Args:
+        model: The model, or a layer.
+        packs: Whether to keep packed weights; None for where all of `model` fits.
     """
     layers = [
         module
@@ -179,12 +197,15 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.bfloat16, torch.float16)
     ]
+    if packs is None:
+        packs = can_pack(sum(layer.weight.numel() for layer in layers))
     before = {layer: layer.__dict__[FORWARD] for layer in layers if FORWARD in layer.__dict__}
     try:
         for layer in layers:
             # An attribute of the instance takes precedence over the class's.
             name = FORWARD if FORWARD in layer.__dict__ else "forward"
-            layer.__dict__[name] = functools.partial(_upcast if is_slow(layer.weight.dtype) else _paired, layer)
+            compute = functools.partial(_upcast, packs) if is_slow(layer.weight.dtype) else _paired
+            layer.__dict__[name] = functools.partial(compute, layer)
         yield
     finally:
         for layer in layers:
@@ -194,6 +215,60 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
                 layer.__dict__.pop("forward", None)
 
 
+def can_pack(num_weights: int) -> bool:
+    """Whether packed copies of so many weights may be kept: the same answer whatever else the memory is used for."""
+    return 4 * num_weights <= SHARE * psutil.virtual_memory().total and _has_packed_kernel()
+
+
+@functools.cache
+def _has_packed_kernel() -> bool:
+    try:
+        packed = _pack(torch.ones(2, 3))
+        return bool(torch.equal(_product(torch.ones(1, 3), packed, None), torch.full((1, 2), 3.0)))
+    except Exception:
+        # Not a public function of torch; other versions and platforms may lack it.
+        return False
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS)
+    return packed
+
+
+def _product(states: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+    return result
+
+
+@dataclass
+class _Packed:
+    """A layer's packed weight, and what tells whether it is of the weight as it is now."""
+
+    state: tuple[int, int]
+    weight: torch.Tensor
+
+    def __deepcopy__(self, _: object) -> None:
+        """Nothing: torch cannot copy packed weights, and packs those of a copy anew."""
+
+
+def _packed_weight(layer: torch.nn.Linear) -> torch.Tensor:
+    """A layer's weight in float32, packed; packed anew if it changed."""
+    weight = layer.weight
+    state = weight.data_ptr(), weight._version
+    kept: _Packed | None = layer.__dict__.get(PACKED)
+    if kept is None or kept.state != state:
+        # What is made in inference mode could not be used where there is a graph.
+        with torch.inference_mode(False), torch.no_grad():
+            layer.__dict__[PACKED] = kept = _Packed(state, _pack(weight.detach().float()))
+    return kept.weight
+
+
+def drop_copies(model: torch.nn.Module) -> None:
+    """Free the packed weights that `batch_invariant` keeps."""
+    for module in model.modules():
+        module.__dict__.pop(PACKED, None)
+
+
 def _paired(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     if states.numel() != states.shape[-1]:
         return torch.nn.Linear.forward(layer, states)
@@ -201,35 +276,57 @@ def _paired(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     return result[:1].reshape(*states.shape[:-1], -1)
 
 
-def _upcast(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+def _upcast(packs: bool, layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
     tokens = states.numel() // states.shape[-1]
     has_graph = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    if states.dtype != weight.dtype or (tokens < MIN_TOKENS and not has_graph):
+    # Of a weight of inference mode, nothing tells whether it changed.
+    packs = packs and not weight.is_inference()
+    if states.dtype != weight.dtype or (tokens < MIN_TOKENS and not has_graph and not packs):
         return linear(states, weight, bias)
     if not has_graph:
-        return _wide(states, weight, bias)
-    found: torch.Tensor = _Upcast.apply(states, weight, bias)  # type: ignore[no-untyped-call]
+        return _wide(states, layer, packs=packs)
+    found: torch.Tensor = _Upcast.apply(states, weight, bias, layer, packs)  # type: ignore[no-untyped-call]
     return found
 
 
-def _wide(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    wide = states.float()
-    rows = max(PIECE // weight.shape[1], 1)
-    result = states.new_empty((*states.shape[:-1], weight.shape[0]))
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        result[..., part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
-    return result
+def _wide(states: torch.Tensor, layer: torch.nn.Linear, *, packs: bool) -> torch.Tensor:
+    weight, bias = layer.weight, None if layer.bias is None else layer.bias.float()
+    wide = states.float().reshape(-1, states.shape[-1])
+    result = states.new_empty((len(wide), weight.shape[0]))
+    if packs:
+        packed, tokens = _packed_weight(layer), max(PIECE // weight.shape[0], 1)
+        for start in range(0, len(wide), tokens):
+            some = slice(start, start + tokens)
+            result[some] = _product(wide[some], packed, bias)
+    else:
+        for part, rows in _rows_of(weight):
+            result[:, part] = linear(wide, rows, None if bias is None else bias[part])
+    return result.view(*states.shape[:-1], -1)
+
+
+def _rows_of(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The rows of a weight in float32, some at a time."""
+    number = max(PIECE // weight.shape[1], 1)
+    for start in range(0, weight.shape[0], number):
+        part = slice(start, start + number)
+        yield part, weight[part].float()
 
 
 class _Upcast(torch.autograd.Function):
     """A linear layer whose weight is upcast again for the backward pass: kept, the copies would be twice the model."""
 
     @staticmethod
-    def forward(context: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        context: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        _bias: torch.Tensor | None,
+        layer: torch.nn.Linear,
+        packs: bool,
+    ) -> torch.Tensor:
         context.save_for_backward(states if context.needs_input_grad[1] else None, weight)
-        return _wide(states, weight, bias)
+        return _wide(states, layer, packs=packs)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -238,15 +335,14 @@ class _Upcast(torch.autograd.Function):
         wide = gradient.float()
         of_states = of_weight = of_bias = None
         if context.needs_input_grad[0]:
-            rows = max(PIECE // weight.shape[1], 1)
-            parts = [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
-            of_states = sum(wide[..., part] @ weight[part].float() for part in parts).to(gradient.dtype)
+            terms = [wide[..., part] @ rows for part, rows in _rows_of(weight)]
+            of_states = sum(terms[1:], terms[0]).to(gradient.dtype)
         if context.needs_input_grad[1]:
             flat = states.reshape(-1, states.shape[-1]).float()
             of_weight = (wide.reshape(-1, wide.shape[-1]).T @ flat).to(weight.dtype)
         if context.needs_input_grad[2]:
             of_bias = wide.reshape(-1, wide.shape[-1]).sum(0).to(weight.dtype)
-        return of_states, of_weight, of_bias
+        return of_states, of_weight, of_bias, None, None
 
 
 def is_slow(dtype: torch.dtype) -> bool:

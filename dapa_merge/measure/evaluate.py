@@ -154,7 +154,7 @@ def _expected(opened: Mapping[str, Checkpoint | None], meter: Meter, options: Op
     if not local:
         return Expected(parts, {}, 0, 0, "")
     device = choose_device(options.device)
-    seconds = [Calibration(one, device).answer_seconds(meter.max_new_tokens) for one in local]
+    seconds = [Calibration(one, device, options.dtype).answer_seconds(meter.max_new_tokens) for one in local]
     memory = max(weight_bytes(one, options.where) for one in local)
     return Expected(parts, {"prompts": statistics.mean(seconds)}, memory, bytes_to_fetch(local), device.type)
 

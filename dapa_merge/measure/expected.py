@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import layer_number
 from dapa_merge.measure.decode import PIECE
-from dapa_merge.measure.determinism import batch_invariant
+from dapa_merge.measure.determinism import batch_invariant, can_pack
 from dapa_merge.progress import LOG, duration, expect, job
 
 # Tokens of an answer, on the average: refusals are short.
@@ -104,10 +104,15 @@ def _missing(model: Checkpoint) -> int:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How long passes through a model take on a device, by multiplying matrices like its own."""
+    """How long passes through a model take on a device, by multiplying matrices like its own.
+
+    Attributes:
+        dtype: The arithmetic, as in `Where`; None for the model's own.
+    """
 
     model: Checkpoint
     device: torch.device
+    dtype: str | None = None
     # Of the products that were tried: many matrices have the same shape.
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict, compare=False, repr=False)
 
@@ -139,21 +144,24 @@ class Calibration:
 
     def _product_seconds(self, tensor: Tensor, num_tokens: int) -> float:
         """Of a product of so many rows with a matrix; of a large one, some of its rows are tried."""
-        dtype = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
+        own = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
+        dtype = own if self.dtype is None else getattr(torch, self.dtype)
         rows, columns = tensor.shape
         tried = (min(rows, MAX_ROWS), columns, dtype, num_tokens)
         if tried not in self._tried:
-            self._tried[tried] = _of_product(*tried, self.device)
+            self._tried[tried] = _of_product(*tried, self.device, can_pack(self.model.num_parameters))
         return self._tried[tried] * rows / tried[0]
 
 
-def _of_product(rows: int, columns: int, dtype: torch.dtype, num_tokens: int, device: torch.device) -> float:
+def _of_product(
+    rows: int, columns: int, dtype: torch.dtype, num_tokens: int, device: torch.device, packs: bool
+) -> float:
     layer = torch.nn.Linear(columns, rows, bias=False, device="meta")
     drawn = torch.randn(min(rows, NUM_DRAWN), columns, device=device).to(dtype)
     layer.weight = torch.nn.Parameter(drawn[torch.arange(rows, device=device) % len(drawn)], requires_grad=False)
     inputs = torch.randn(num_tokens, columns, device=device).to(dtype)
     # As measurements compute it.
-    with torch.no_grad(), batch_invariant(layer):
+    with torch.no_grad(), batch_invariant(layer, packs=packs):
         return timed(lambda: layer(inputs), device)
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from dapa_merge.measure.expected import MAX_ROWS, Calibration, Expected, bytes_to_fetch, timed
+from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.measure.determinism import is_slow
+from dapa_merge.measure.expected import MAX_ROWS, TOLD_SECONDS, Calibration, Expected, bytes_to_fetch, timed
 from dapa_merge.measure.live import choose_device
-from dapa_merge.measure.placement import weight_bytes
+from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import Parts, load_keep, split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, search_memory
 from dapa_merge.plan.selection import given_selection
-from dapa_merge.recipe.options import Options
+from dapa_merge.progress import duration
+from dapa_merge.recipe.options import DTYPES, Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bundles import MAX_ALONE, by_layer, num_scanning
@@ -29,6 +33,8 @@ BACKWARD = 2.0
 ASKED = 0.6
 # Rounds of a choice that usually follow those of the settings.
 MORE_ROUNDS = 1
+# What takes at most this share of the time in float32 is worth a word.
+FASTER = 0.9
 # The part of a run that measures target, result and source for the report.
 REPORT = "report"
 
@@ -64,10 +70,19 @@ class Forecast(Expected):
     Attributes:
         works: Of each rung.
         prompts: Answers of the report: those of target, result and source.
+        float32_seconds: About how long all of it takes in float32, where that is faster and fits; else None.
     """
 
     works: tuple[Work, ...] = ()
     prompts: int = 0
+    float32_seconds: float | None = None
+
+    def __str__(self) -> str:
+        """What it takes and, where float32 takes less, that."""
+        if self.float32_seconds is None:
+            return super().__str__()
+        less = f"{duration(self.float32_seconds)} with --dtype float32: this processor has no 16-bit arithmetic"
+        return f"{super().__str__()}; about {less}"
 
     def to_json(self) -> dict[str, object]:
         """Plain data."""
@@ -75,6 +90,7 @@ class Forecast(Expected):
         return {
             "device": self.device,
             "seconds": round(self.total_seconds, 1),
+            "float32_seconds": None if self.float32_seconds is None else round(self.float32_seconds, 1),
             "tests": self.tests,
             "memory_bytes": self.memory_bytes,
             "fetch_bytes": self.fetch_bytes,
@@ -99,9 +115,12 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         if selection is None:
             works.append(work_of(recipe, plan, parts))
     plan = ladder.plan
-    return Forecast(
-        {**{work.edit: work.amounts for work in works}, REPORT: {"prompts": num_report}},
-        rates_of(Calibration(plan.target, device), ladder.recipe.max_new_tokens),
+    parts_of_run: dict[str, Mapping[str, float]] = {work.edit: work.amounts for work in works}
+    parts_of_run[REPORT] = {"prompts": num_report}
+    rates = rates_of(Calibration(plan.target, device, options.dtype), ladder.recipe.max_new_tokens)
+    found = Forecast(
+        parts_of_run,
+        rates,
         memory_of(plan, options),
         bytes_to_fetch(ladder.models.values()),
         device.type,
@@ -109,6 +128,22 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         tuple(works),
         num_report,
     )
+    wide = _wider(plan, options, device)
+    if wide is None or found.total_seconds < TOLD_SECONDS:
+        return found
+    seconds = replace(found, rates=rates_of(wide, ladder.recipe.max_new_tokens)).total_seconds
+    return replace(found, float32_seconds=seconds) if seconds < FASTER * found.total_seconds else found
+
+
+def _wider(plan: Plan, options: Options, device: torch.device) -> Calibration | None:
+    """The calibration in float32 where that may be faster: on a CPU without the model's arithmetic, if it fits."""
+    where = options.where
+    if device.type != "cpu" or where.dtype is not None or where.quantize is not None:
+        return None
+    stored = {TORCH_NAMES.get(tensor.dtype) for tensor in plan.target.tensors.values()}
+    is_slowed = any(is_slow(getattr(torch, name)) for name in DTYPES[1:] if name in stored)
+    wide = replace(where, dtype=DTYPES[0])
+    return Calibration(plan.target, device, wide.dtype) if is_slowed and fits(plan.target, wide, device) else None
 
 
 def memory_of(plan: Plan, options: Options) -> int:

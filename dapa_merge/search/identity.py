@@ -61,7 +61,7 @@ def telling(journal: Journal) -> Journal:
     tests, notes = (len(journal.earlier & known.keys()) for known in (journal.tests, journal.notes))
     if tests or notes:
         LOG.info(
-            f"an earlier run recorded {tests} tests and {notes} other measurements of this search in the journal "
+            f"an earlier run recorded {tests} tests and other measurements ({notes}) of this search in the journal "
             f"{journal.path}: it goes on from there, in less time"
         )
     return journal

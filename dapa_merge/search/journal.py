@@ -204,7 +204,12 @@ class Journal:
             if self.path is None:
                 said.append("nothing is kept, because there is no journal")
             elif not self.tests and not self.notes and not self.pieces:
-                said.append("nothing was measured yet, and the same command starts again")
+                # Such as what all units of another edit can do.
+                said.append(
+                    "what was measured before is in other journals, and the same command goes on from there"
+                    if _written_here
+                    else "nothing was measured yet, and the same command starts again"
+                )
             else:
                 done = f"{len(self.tests)} tests and {len(self.notes) + len(self._open)} other measurements"
                 said.append(f"{done} are in the journal {self.path}, and the same command goes on from there")

@@ -52,7 +52,7 @@ def forecast(
         out: The folder; what it has is not made again.
         options: The device.
     """
-    passes = Calibration(plan.target, choose_device(options.device))
+    passes = Calibration(plan.target, choose_device(options.device), options.dtype)
     rates = rates_of(passes, recipe.max_new_tokens)
     row = passes.pass_seconds(NUM_ROWS * TOKENS_OF_ROW, NUM_ROWS * wanted.num_tokens) / NUM_ROWS
     known = noted(out / JOURNAL_NAME)

@@ -455,7 +455,7 @@ def test_a_served_model_has_the_figures_that_it_has_here(transformers_server, tm
     wait_for(server, f"{url}/health")
     few, model = write_few(tmp_path / "few", 6), str(miniature.path("source"))
     settings = ["--prompts", few, "--max-new-tokens", 16, "--attacks", "jailbreak,prefill", "--json"]
-    here = answer("evaluate", model, *settings)
+    here = answer("evaluate", model, "--dtype", "float32", *settings)
     there = answer("evaluate", "--served", f"{url}/v1", "--model", model, "--concurrency", 2, *settings)
     told = {name: [one["dsr"] for one in figures["attacks"]] for name, figures in (("here", here), ("there", there))}
     # The server cannot be given the beginning of an answer.

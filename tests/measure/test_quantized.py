@@ -156,7 +156,7 @@ def test_the_prior_of_a_quantized_target_ranks_planted_gates_high_too(bits):
     contrast = Contrast("How do I steal a car?", refusing="I cannot help with that.", complying="Take the car.")
     effects = attribute(LiveModel(miniature_plan(), in_(bits)), [contrast], batch_size=BatchSize(2))
     # Those of layers 3 to 6 were.
-    assert {4, 5} <= {unit.layer for unit in sorted(effects, key=effects.get)[-4:]}
+    assert {unit.layer for unit in sorted(effects, key=effects.get)[-2:]} <= {3, 4, 5, 6}
 
 
 def both(plan) -> tuple[LiveModel, LiveModel]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import answer, call, write_few
 
 from dapa_merge import miniature
 from dapa_merge.delta.minimize import minimize
+from dapa_merge.measure import expected
 from dapa_merge.measure.expected import Expected
 from dapa_merge.plan.ladder import make_ladder
-from dapa_merge.progress import collected
+from dapa_merge.progress import collected, duration
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.search import forecast as forecasts
 from dapa_merge.search.forecast import expected_tests, forecast
 
 PAIR = miniature.path("target"), miniature.path("source")
@@ -88,3 +92,29 @@ def test_a_long_run_says_beforehand_how_long(monkeypatch, write_recipe):
             pass
         assert len(lines) == told
     assert lines[0].startswith("this takes about 61 s on cpu, about ")
+
+
+@pytest.mark.parametrize(
+    ("slow", "options", "is_told"),
+    [
+        (True, Options("cpu"), True),
+        (False, Options("cpu"), False),
+        (True, Options("cpu", dtype="bfloat16"), False),
+        (True, Options("cpu", quantize="8bit"), False),
+    ],
+)
+def test_a_processor_without_the_arithmetic_of_the_model_is_told_how_long_float32_takes(
+    slow, options, is_told, write_recipe, monkeypatch
+):
+    seconds = {torch.bfloat16: 2.0, torch.float32: 1.0}
+    monkeypatch.setattr(expected, "_of_product", lambda _rows, _columns, dtype, *_: seconds[dtype])
+    monkeypatch.setattr(forecasts, "is_slow", lambda dtype: slow and dtype == torch.bfloat16)
+    ladder = make_ladder(load_recipe(write_recipe(*PAIR, prompts="miniature", max_new_tokens=12)))
+    found = forecast(ladder, options)
+    assert (found.float32_seconds is not None) == is_told
+    assert ("this processor has no 16-bit arithmetic" in str(found)) == is_told
+    if is_told:
+        assert found.float32_seconds == pytest.approx(found.total_seconds / 2, rel=0.01)
+        assert f"; about {duration(found.float32_seconds)} with --dtype float32: " in str(found)
+        assert found.to_json()["float32_seconds"] == round(found.float32_seconds, 1)
+    assert forecast(ladder, replace(options, dtype="float32", quantize=None)).float32_seconds is None

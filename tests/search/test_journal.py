@@ -212,6 +212,6 @@ def test_only_another_run_is_told_of_as_an_earlier_one(path, caplog, monkeypatch
     with closing(identity.telling(Journal(path, PARTS))):
         pass
     assert caplog.messages == [
-        f"an earlier run recorded 3 tests and 1 other measurements of this search in the journal {path}: it goes on "
+        f"an earlier run recorded 3 tests and other measurements (1) of this search in the journal {path}: it goes on "
         "from there, in less time"
     ]

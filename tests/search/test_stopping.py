@@ -14,6 +14,7 @@ from conftest import without_time, write_few
 
 from dapa_merge import miniature
 from dapa_merge.errors import Stopped
+from dapa_merge.search import journal as journals
 from dapa_merge.search.journal import Journal
 
 pytestmark = [
@@ -67,7 +68,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         assert f"the {role} was measured on these held-out prompts before: DSR" in resumed.stderr
     assert "loading the source" not in resumed.stderr
     assert "measured the target on" not in resumed.stderr
-    assert f"other measurements of this search in the journal {journal}: it goes on from there" in resumed.stderr
+    assert f" of this search in the journal {journal}: it goes on from there" in resumed.stderr
     whole = started("run", recipe, tmp_path / "whole", "--journal", tmp_path / "other.jsonl", "--no-lock", "--json")
     assert whole.wait() == 0, whole.stderr
     found, wanted = (without_time(json.loads(run.stdout)) for run in (resumed, whole))
@@ -75,11 +76,14 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         assert found[key] == wanted[key]
 
 
-def test_a_stop_before_anything_was_measured_or_without_a_journal_says_so(tmp_path):
-    for journal, words in (
-        (Journal(), "nothing is kept, because there is no journal"),
-        (Journal(tmp_path / "journal.jsonl"), "nothing was measured yet, and the same command starts again"),
+def test_a_stop_before_anything_was_measured_or_without_a_journal_says_so(tmp_path, monkeypatch):
+    for written, journal, words in (
+        ((), Journal(), "nothing is kept, because there is no journal"),
+        ((), Journal(tmp_path / "journal.jsonl"), "nothing was measured yet, and the same command starts again"),
+        # As after the trial of an edit, before that of another.
+        (("seal",), Journal(tmp_path / "other.jsonl"), "what was measured before is in other journals, and the same"),
     ):
+        monkeypatch.setattr(journals, "_written_here", {*written})
         with pytest.raises(Stopped, match=words), journal.telling():
             raise KeyboardInterrupt
         with pytest.raises(Stopped, match=f"the best so far; {words}"), journal.telling():

@@ -71,6 +71,10 @@ LOOKED_AT_EVERY_SECONDS = 1.0
 _told = [0.0]
 # The last step that was told, and when.
 _step: list[tuple[str, float]] = [("", 0.0)]
+# Units that a task works on all at once, so that it has few of them done until it is nearly done.
+AT_ONCE = ("prompts",)
+# Of what such a task has left, the most that may be under way unseen.
+MOST_UNSEEN = 0.8
 # For so long a pace that was estimated counts beside the one that is measured.
 PRIOR_SECONDS = 20.0
 
@@ -123,6 +127,11 @@ class _Job:
             if amount and rate is None:
                 return None
             total += amount * (rate or 0)
+            if rate is not None and unit in AT_ONCE and _tasks and _tasks[-1].unit == unit:
+                # What is under way has nothing to show for its time yet.
+                task = _tasks[-1]
+                left = min(amount, task.total - task.done) * rate
+                total -= min(MOST_UNSEEN * left, max(time.monotonic() - task.start - task.done * rate, 0))
         return total
 
     def _amounts(self) -> dict[str, float]:
@@ -134,8 +143,18 @@ class _Job:
 
     def _rate(self, unit: str) -> float | None:
         seconds, amount = self._spent.get(unit, (0.0, 0.0))
-        if _tasks and _tasks[-1].unit == unit:
-            seconds, amount = seconds + time.monotonic() - _tasks[-1].start, amount + _tasks[-1].done
+        known = self._mean(unit, seconds, amount)
+        if _tasks and (task := _tasks[-1]).unit == unit:
+            spent, done = time.monotonic() - task.start, task.done
+            if unit in AT_ONCE and known is not None and spent > done * known:
+                if spent <= task.total * known:
+                    return known
+                # All of them take at least as long as they took already.
+                done = max(task.total, done)
+            seconds, amount = seconds + spent, amount + done
+        return self._mean(unit, seconds, amount)
+
+    def _mean(self, unit: str, seconds: float, amount: float) -> float | None:
         if prior := self._rates.get(unit):
             # Thought of as measured for a while: the first few are slow, since models and caches begin cold.
             seconds, amount = seconds + PRIOR_SECONDS, amount + PRIOR_SECONDS / prior

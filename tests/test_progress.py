@@ -39,10 +39,10 @@ def test_the_time_left_of_a_job_is_of_all_its_parts_at_their_pace():
         assert work.seconds_left() == 2.0 * 30
         begin("report")
         with task("measuring", 30, "prompts"):
-            progress._tasks[0].start -= 30
+            progress._tasks[0].start -= 10
             advance(10, "prompts")
-            # Ten took thirty seconds; what was thought before counts for twenty more.
-            assert work.seconds_left() == pytest.approx(20 * (20 + 30) / (10 + 10), rel=0.05)
+            # Ten took ten seconds; what was thought before counts for twenty more.
+            assert work.seconds_left() == pytest.approx(20 * (20 + 10) / (10 + 10), rel=0.05)
     assert progress._jobs == progress._tasks == []
 
 
@@ -54,6 +54,27 @@ def test_a_pace_that_is_not_known_is_not_guessed():
         with task("asking", 10, "prompts"):
             advance(5, "prompts")
         assert progress._jobs[0].seconds_left() is not None
+
+
+def test_the_time_left_goes_down_while_many_answers_are_under_way_and_none_is_done():
+    with job({"prompts": 2.0}):
+        expect("search", prompts=100)
+        (work,) = progress._jobs
+        begin("search")
+        with task("measuring", 60, "prompts"):
+            start, left = progress._tasks[0].start, []
+            for spent in (0, 30, 60, 90, 115):
+                progress._tasks[0].start = start - spent
+                left.append(work.seconds_left())
+            # The first of them is late, since the others are nearly done, too.
+            advance(1, "prompts")
+            left.append(work.seconds_left())
+            assert left == pytest.approx([200, 170, 140, 110, 104, 103.6], abs=1)
+            # Twice as long as thought: the pace is half, also of what follows.
+            progress._tasks[0].start = start - 240
+            pace_now = (240 + 20) / (60 + 10)
+            assert work.seconds_left() == pytest.approx((40 + 0.2 * 59) * pace_now, rel=0.01)
+    assert progress._jobs == []
 
 
 def test_a_pace_that_was_timed_replaces_what_was_thought_before():

@@ -268,7 +268,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     def tell(report: Report, folder: Path) -> None:
         if not as_json:
             print_report(report, Terminal())
-            print_next(folder, Terminal())
+            print_next(folder, Terminal(), is_demo=True)
             click.echo()
 
     def tell_recipe(pair: str) -> None:
@@ -293,12 +293,13 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
         print_answer({**first.to_json(), "shadow": second.to_json()}, (), as_json)
 
 
-def print_next(out: Path, console: Console, *, is_published: bool = False) -> None:
+def print_next(out: Path, console: Console, *, is_published: bool = False, is_demo: bool = False) -> None:
     """Print what can be done with a result."""
     from dapa_merge.publish.write_card import existing_card
 
     place = shlex.quote(str(out))
-    steps = [f"talk to it and its target: dapa-merge chat {place} --before"]
+    # The miniature knows nothing longer than a message.
+    steps = [f"talk to it and its target: dapa-merge chat {place} --before{' --single' if is_demo else ''}"]
     if (out / PAGE_NAME).is_file():
         steps.insert(0, f"read what the models said, in a browser: {out / PAGE_NAME}")
     if not is_published:

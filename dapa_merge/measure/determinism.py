@@ -169,6 +169,8 @@ PACKED = "_dapa_packed"
 # Of all memory, the most that the packed weights of a model may take; not of what is free at the moment, since the two
 # ways of computing round differently.
 SHARE = 0.25
+# Smaller weights are not packed: calling that kernel takes a tenth of a millisecond.
+MIN_PACKED = 1 << 16
 # Rows for which weights are packed.
 NUM_ROWS = 16
 
@@ -281,7 +283,7 @@ def _upcast(packs: bool, layer: torch.nn.Linear, states: torch.Tensor) -> torch.
     tokens = states.numel() // states.shape[-1]
     has_graph = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
     # Of a weight of inference mode, nothing tells whether it changed.
-    packs = packs and not weight.is_inference()
+    packs = packs and weight.numel() >= MIN_PACKED and not weight.is_inference()
     if states.dtype != weight.dtype or (tokens < MIN_TOKENS and not has_graph and not packs):
         return linear(states, weight, bias)
     if not has_graph:

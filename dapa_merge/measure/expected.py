@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import psutil
 import torch
 
 from dapa_merge.checkpoint.header import Tensor
@@ -26,6 +27,8 @@ from dapa_merge.progress import LOG, duration, expect, job
 TOKENS_OF_ANSWER = 60
 # What Python and the launches of kernels take for a layer, in seconds.
 OVERHEAD = 4e-4
+# A load of this share of the processors, in the last minute, is that of other programs: a job has just begun.
+BUSY = 0.75
 # What takes longer is told beforehand.
 TOLD_SECONDS = 60
 # Of the trial of one product, which is at least six runs.
@@ -85,7 +88,15 @@ class Expected:
         found.append(f"{self.memory_bytes / 1e9:.1f} GB of its memory and the batches")
         if self.fetch_bytes:
             found.append(f"{self.fetch_bytes / 1e9:.1f} GB to fetch")
-        return ", ".join(found)
+        return ", ".join(found) + _busy_text()
+
+
+def _busy_text() -> str:
+    """That other programs slow the calibration down, as the rest of a sentence; empty on a machine that is idle."""
+    load, number = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if load < BUSY * number:
+        return ""
+    return f" (now, at a load of {load:.1f} on {number} processors; less without other programs)"
 
 
 def bytes_to_fetch(models: Iterable[Checkpoint]) -> int:

@@ -108,6 +108,8 @@ class Publication(Shown):
         for name, file in sorted(self.files.items()):
             without = ", without this machine's paths" if name in self.rewritten else ""
             yield f"{file.num_bytes:>18,}  {name}{without}"
+        if self.card is not None:
+            yield f"its licence: {self.card.license or 'unknown, since no card states one; --license ID says it'}"
         yield f"its message: {self.message}"
         yield from self.description.splitlines()
         yield "nothing was sent, and no token was read; what the repository has already was not compared"

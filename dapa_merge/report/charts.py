@@ -216,7 +216,8 @@ def search_path(
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
             text.set_fontweight("bold" if index in bold else "normal")
         matrix.set_xlim(0.5, num_steps + 0.5)
-        matrix.xaxis.set_major_locator(plotting().ticker.MaxNLocator(integer=True))
+        # At least one place, or the axis of a single test would be labelled in between.
+        matrix.xaxis.set_major_locator(plotting().ticker.MaxNLocator(integer=True, min_n_ticks=1))
         matrix.set_xlabel("test")
         matrix.set_ylabel("unit")
         # A frame around all of them would not be seen.

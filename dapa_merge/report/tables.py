@@ -327,7 +327,7 @@ def moved_text(report: Report | None) -> str:
     """By how much of their size the changed parameters moved, as the rest of a sentence; empty if that is unknown."""
     if report is None or report.size_of_change is None:
         return ""
-    return f", which moved by {100 * report.size_of_change:.2g} % of their size"
+    return f", by {100 * report.size_of_change:.2g} % of their size on average"
 
 
 def freedom(directions: int, degrees: int, share: float) -> str:

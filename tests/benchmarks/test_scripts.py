@@ -88,6 +88,7 @@ def arguments(tmp_path, monkeypatch):
         "refusal_training": lambda: [completions()],
         "served_beside": served,
         "speculative": lambda: [recipe()],
+        "upcast": lambda: [str(miniature.path("target"))],
     }
     stack.close()
 

@@ -44,6 +44,7 @@ def lines_of(monkeypatch, tmp_path, capsys):
 def test_a_long_evaluation_says_beforehand_what_it_takes_and_then_what_is_left(lines_of, monkeypatch):
     monkeypatch.setattr(expected, "TOLD_SECONDS", 0)
     monkeypatch.setattr(progress, "TOLD_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(expected.psutil, "getloadavg", lambda: (0.2, 0.2, 0.2))
     told: list[Expected] = []
     tell = Expected.tell
     monkeypatch.setattr(Expected, "tell", lambda self: (told.append(self), tell(self)))
@@ -93,6 +94,15 @@ def test_products_of_the_same_shape_are_tried_once(monkeypatch):
     assert len(tried) == len(shapes) < len(passes.inner)
     passes.pass_seconds(8, 8)
     assert len(tried) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    ("load", "ending"), [(1.4, "the batches"), (3.06, "load of 3.1 on 2 processors; less without other programs)")]
+)
+def test_a_busy_machine_is_named_beside_what_was_timed_on_it(load, ending, monkeypatch):
+    monkeypatch.setattr(expected.psutil, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(expected.psutil, "cpu_count", lambda: 2)
+    assert str(Expected({"a": {"prompts": 10}}, {"prompts": 2.0}, 0, 0, "cpu")).endswith(ending)
 
 
 def test_what_has_no_pace_is_shown_without_a_time():

@@ -305,7 +305,7 @@ def test_the_degrees_of_freedom_are_shown_beside_the_share_of_values(pair, table
     assert report["share_changed"] == changed / number
     said = f"768 degrees of freedom, {100 * 768 / number:.2f} % of the parameters"
     card = (repaired / "README.md").read_text()
-    moved = f", which moved by {100 * report['size_of_change']:.2g} % of their size"
+    moved = f", by {100 * report['size_of_change']:.2g} % of their size on average"
     assert f"That changed {100 * report['share_changed']:.2f} % of its parameters ({changed:,}){moved}; the" in card
     assert said in card
     shown = call("run", repaired / "mergekit_config.yml", tmp_path / "out", "--no-evaluate").stdout

@@ -75,6 +75,7 @@ def test_a_dry_run_shows_the_commit_that_a_push_makes_and_neither_writes_nor_ask
     assert said["files"] == {path: len(content) for path, content in downloaded.items()}
     assert f"{name} would get {len(downloaded)} files of " in told.stdout
     assert " in a pull request:" in told.stdout
+    assert "\nits licence: apache-2.0\n" in told.stdout
     assert told.stdout.endswith(
         "nothing was sent, and no token was read; what the repository has already was not compared\n"
     )

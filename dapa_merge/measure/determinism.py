@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,9 +56,8 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
         return True
     if device_types(model) != {"cpu"} or num_tokens > MAX_TOKENS or not _is_replaceable(model):
         return False
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    packs = can_pack(sum(layer.weight.numel() for layer in layers))
-    shapes = {tuple(layer.weight.shape) for layer in layers}
+    shapes = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    packs = _packs(_layers(model))
     return all(_layer_repeats(shape, model.dtype, torch.get_num_threads(), packs) for shape in shapes)
 
 
@@ -191,16 +190,9 @@ def batch_invariant(model: torch.nn.Module, *, packs: bool | None = None) -> Ite
         model: The model, or a layer.
         packs: Whether to keep packed weights; None for where all of `model` fits.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is torch.nn.Linear
-        and ("forward" not in module.__dict__ or FORWARD in module.__dict__)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in (torch.bfloat16, torch.float16)
-    ]
+    layers = [layer for layer in _layers(model) if "forward" not in layer.__dict__ or FORWARD in layer.__dict__]
     if packs is None:
-        packs = can_pack(sum(layer.weight.numel() for layer in layers))
+        packs = _packs(layers)
     before = {layer: layer.__dict__[FORWARD] for layer in layers if FORWARD in layer.__dict__}
     try:
         for layer in layers:
@@ -215,6 +207,20 @@ def batch_invariant(model: torch.nn.Module, *, packs: bool | None = None) -> Ite
                 layer.__dict__[FORWARD] = before[layer]
             else:
                 layer.__dict__.pop("forward", None)
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in (torch.bfloat16, torch.float16)
+    ]
+
+
+def _packs(layers: Sequence[torch.nn.Linear]) -> bool:
+    return can_pack(sum(layer.weight.numel() for layer in layers))
 
 
 def can_pack(num_weights: int) -> bool:

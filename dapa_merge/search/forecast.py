@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from dapa_merge.checkpoint.header import TORCH_NAMES
-from dapa_merge.measure.determinism import is_slow
+from dapa_merge.measure.determinism import can_pack, is_slow
 from dapa_merge.measure.expected import MAX_ROWS, TOLD_SECONDS, Calibration, Expected, bytes_to_fetch, timed
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.placement import fits, weight_bytes
@@ -137,18 +137,25 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
 
 def _wider(plan: Plan, options: Options, device: torch.device) -> Calibration | None:
     """The calibration in float32 where that may be faster: on a CPU without the model's arithmetic, if it fits."""
-    where = options.where
-    if device.type != "cpu" or where.dtype is not None or where.quantize is not None:
-        return None
+    wide = replace(options.where, dtype=DTYPES[0])
+    is_wider = _is_upcast(plan, options, device) and fits(plan.target, wide, device)
+    return Calibration(plan.target, device, wide.dtype) if is_wider else None
+
+
+def _is_upcast(plan: Plan, options: Options, device: torch.device) -> bool:
+    """Whether a CPU computes the target in float32, as it lacks the arithmetic of the config's dtype."""
+    if device.type != "cpu" or options.dtype is not None or options.quantize is not None:
+        return False
     stored = {TORCH_NAMES.get(tensor.dtype) for tensor in plan.target.tensors.values()}
-    is_slowed = any(is_slow(getattr(torch, name)) for name in DTYPES[1:] if name in stored)
-    wide = replace(where, dtype=DTYPES[0])
-    return Calibration(plan.target, device, wide.dtype) if is_slowed and fits(plan.target, wide, device) else None
+    return any(is_slow(getattr(torch, name)) for name in DTYPES[1:] if name in stored)
 
 
 def memory_of(plan: Plan, options: Options) -> int:
     """Bytes that a search needs on its device besides activations, in the arithmetic of the options."""
-    return search_memory(plan) - plan.target.num_bytes + weight_bytes(plan.target, options.where)
+    kept = search_memory(plan) - plan.target.num_bytes + weight_bytes(plan.target, options.where)
+    number = plan.target.num_parameters
+    is_packed = _is_upcast(plan, options, choose_device(options.device)) and can_pack(number)
+    return kept + is_packed * 4 * number
 
 
 def expected_tests(

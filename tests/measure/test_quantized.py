@@ -273,7 +273,8 @@ def test_a_report_says_that_it_was_not_checked_in_16_bits(tmp_path, write_recipe
     assert "measured in 8bit, not checked in the target's dtype" in result.stdout
 
 
-def test_the_forecast_counts_the_bits_of_matrices_in_layers():
+def test_the_forecast_counts_the_bits_of_matrices_in_layers_and_what_is_packed(monkeypatch):
+    monkeypatch.setattr("dapa_merge.search.forecast.is_slow", lambda _: False)
     target, source = (str(miniature.path(name)) for name in ("target", "source"))
     content = {"merge_method": "dapa", "base_model": target, "models": [{"model": source}]}
     ladder = make_ladder(recipe_from({**content, "parameters": {"layers": "auto", "prompts": "miniature"}}))
@@ -287,6 +288,11 @@ def test_the_forecast_counts_the_bits_of_matrices_in_layers():
     assert plain - eight == inner - 4 * rows
     assert plain - four == round(inner * (2 - 0.5 - 4 / 64))
     assert wide - plain == 2 * ladder.plan.target.num_parameters
+    monkeypatch.setattr("dapa_merge.search.forecast.is_slow", lambda _: True)
+    for packs in (True, False):
+        monkeypatch.setattr("dapa_merge.search.forecast.can_pack", lambda number, packs=packs: packs and number > 0)
+        found = forecast(ladder, Options("cpu"), reports=False).memory_bytes
+        assert found - plain == packs * 4 * ladder.plan.target.num_parameters
 
 
 @BITS

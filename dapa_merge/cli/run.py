@@ -473,8 +473,11 @@ def repair(
 
 
 def _check_pair(target: str, source: str) -> None:
-    for name, place in (("TARGET", target), ("SOURCE", source)):
-        location_option(place, name)
+    """Refuse what names no models, and warn of a pair that seems to be swapped."""
+    with lasting():
+        from dapa_merge.inspect.inspection import warn_of_swap
+
+    warn_of_swap(location_option(target, "TARGET"), location_option(source, "SOURCE"))
 
 
 def _destination(push: str | None, destination: dict[str, Any]) -> Destination | None:

@@ -10,6 +10,7 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -26,12 +27,12 @@ from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import architecture_name, auto_modules
-from dapa_merge.errors import CannotRepair, CheckpointError, HubError, UnsupportedArchitecture, printable
+from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, HubError, UnsupportedArchitecture, printable
 from dapa_merge.imports import Shown
 from dapa_merge.inspect.damage import OUTSIDE, Damage, Seen, name_damage, not_a_family
 from dapa_merge.inspect.difference import MAX_RANK, Difference, differences
 from dapa_merge.plan.plan import plan_transplant
-from dapa_merge.progress import task
+from dapa_merge.progress import LOG, task
 from dapa_merge.publish.parents import describe_parent
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import METHOD
@@ -172,9 +173,31 @@ def inspect_pair(
         found = tuple(differences(plan))
     if added := sum(one.added for one in found):
         notes.insert(0, f"the target has {added} values that the source lacks, such as the rows of further tokens")
-    if signs := list(_signs_of_a_swap(models, Seen(found))):
-        notes.insert(0, f"target and source may be swapped: {'; '.join(signs)}. {_WHICH}")
+    signs = list(_signs_of_a_swap(models))
+    if Seen(found).is_swapped:
+        signs.append(
+            "by the weights, the source is the target plus a change, unless both were made of one base model and the "
+            "target lies nearer to that"
+        )
+    if signs:
+        notes.insert(0, _swapped(signs))
     return Inspection(models, name_damage(found), tuple(by_module(found)), tuple(notes), found)
+
+
+def warn_of_swap(target: Location, source: Location) -> None:
+    """Warn if names, cards or files beside the weights of a pair say that the two are swapped.
+
+    A model that cannot be opened is left to whoever opens it next.
+    """
+    with suppress(DapaError):
+        places = {"target": target, "source": source}
+        models = {name: _surroundings(open_location(place, partial=True), place) for name, place in places.items()}
+        if signs := list(_signs_of_a_swap(models)):
+            LOG.warning(_swapped(signs))
+
+
+def _swapped(signs: Iterable[str]) -> str:
+    return f"target and source may be swapped: {'; '.join(signs)}. {_WHICH}"
 
 
 def by_module(found: Sequence[Difference]) -> Iterator[Module]:
@@ -298,8 +321,8 @@ def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:
         yield f"the licenses differ: {target.license} and {source.license}; a result's card needs one that fits both"
 
 
-def _signs_of_a_swap(models: Mapping[str, Surroundings], seen: Seen) -> Iterator[str]:
-    """Yields what speaks for the source being the fine-tune of the target; each may deceive."""
+def _signs_of_a_swap(models: Mapping[str, Surroundings]) -> Iterator[str]:
+    """Yields what beside the weights speaks for the source being the fine-tune of the target; each may deceive."""
     target, source = models["target"], models["source"]
     if _names(source.made_of, target) and not _names(target.made_of, source):
         yield f"the source's card says that it was made of {target.name}"
@@ -313,11 +336,6 @@ def _signs_of_a_swap(models: Mapping[str, Surroundings], seen: Seen) -> Iterator
         yield f"the source's name says {tuned[1].group()!r}"
     if _ROLE["source"].search(names[0]) and _ROLE["target"].search(names[1]):
         yield f"the target is called {names[0]}, and the source {names[1]}"
-    if seen.is_swapped:
-        yield (
-            "by the weights, the source is the target plus a change, unless both were made of one base model and the "
-            "target lies nearer to that"
-        )
 
 
 def _names(bases: Iterable[str], other: Surroundings) -> bool:

@@ -335,6 +335,9 @@ def test_what_lies_beside_the_weights_may_tell_of_a_swap_and_is_a_hint(what, mak
     assert told in note
     assert "dapa-merge evaluate" in note
     assert not any("swapped" in note for note in inspected(other, target).notes)
+    # Told before the work, too; the weights are not read for it.
+    assert note in call("plan", target, other, "--prompts", "miniature").stderr
+    assert "swapped" not in call("plan", other, target, "--prompts", "miniature").stderr
 
 
 @pytest.mark.parametrize("kind", ["text", "list", "json"])

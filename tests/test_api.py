@@ -131,9 +131,9 @@ def test_a_function_has_the_words_of_its_command(name):
     function = getattr(api, name)
     parameters = inspect.signature(function).parameters
     known = {*parameters, *api.Settings.__annotations__} - {"settings"}
-    # What is printed is the command line's, and a judge's options are the settings'.
+    # What is printed is the command line's, also in a dry run, and a judge's options are the settings'.
     apart = {
-        "as_json", "debug", "quiet", "write", "chart", "responses", "served_names",
+        "as_json", "debug", "quiet", "dry_run", "write", "chart", "responses", "served_names",
         "private", "create_pr", "branch", "tag", "replaces", "push", "license", "license_name", "license_link",
         "manifest", "task_files", "workers",
     }  # fmt: skip

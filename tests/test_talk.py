@@ -245,7 +245,7 @@ def test_ctrl_c_ends_a_conversation_by_a_pipe(tmp_path):
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"stopped" in told
+    assert b"Stopped by Ctrl-C" in told
 
 
 def test_the_help_says_what_out_may_be():

@@ -183,8 +183,8 @@ def batch_invariant(model: torch.nn.Module, *, packs: bool | None = None) -> Ite
     those for float32, to which a weight is upcast exactly. As in those kernels, sums are in float32 and rounded to 16
     bits once; only their order differs. Upcast weights are kept, packed as oneDNN reads them fastest, where they take
     at most `SHARE` of the memory, until they change or `drop_copies`; elsewhere they are upcast for each pass, one
-    layer at a time. Other models are not changed. Weights may change inside the block, in place. What is computed in
-    the block can be differentiated after it.
+    layer at a time. Other models are not changed. Weights may change inside the block, in place, but not through
+    `.data`, which torch does not count as a change. What is computed in the block can be differentiated after it.
 
     Args:
         model: The model, or a layer.

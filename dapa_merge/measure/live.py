@@ -41,8 +41,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import OTHER_HEADS, OTHER_TOWERS, Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
-from dapa_merge.measure import confined
-from dapa_merge.measure.determinism import drop_copies
+from dapa_merge.measure import confined, determinism
 from dapa_merge.measure.generate import prepare_for_greedy, thought_before
 from dapa_merge.measure.placement import device_map, is_spread, spread
 from dapa_merge.measure.quantized import (
@@ -536,11 +535,10 @@ class LiveModel:
 
 def free(model: PreTrainedModel) -> None:
     """Free the memory of a model's weights at once, whoever still holds the model."""
-    drop_copies(model)
+    determinism.drop_copies(model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.new_empty(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 

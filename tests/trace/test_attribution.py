@@ -17,6 +17,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import is_slow
 from dapa_merge.measure.generate import prompt_ids
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.measure.meter import Meter
@@ -195,8 +196,12 @@ def test_bfloat16_comes_close_to_float32():
     assert attribute(live, contrasts, batch_size=BatchSize(64)) == nearly(brute_force(live, contrasts, 4), rel=0.02)
 
 
+# What makes a gradient in 16 bits: a product or, without 16-bit arithmetic, what rounds one in float32.
+MAKES = torch.ops.aten._to_copy.default if is_slow(torch.bfloat16) else torch.ops.aten.mm.default
+
+
 class GradientCount(TorchDispatchMode):
-    """Counts the matrix products of some size in bytes that are alive at once: their storages, not their names."""
+    """Counts the gradients of some size in bytes that are alive at once: their storages, not their names."""
 
     def __init__(self, num_bytes):
         super().__init__()
@@ -204,7 +209,7 @@ class GradientCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.mm.default and output.untyped_storage().nbytes() == self.num_bytes:
+        if function is MAKES and output.untyped_storage().nbytes() == self.num_bytes:
             self.made += 1
             self.alive += 1
             self.most = max(self.most, self.alive)

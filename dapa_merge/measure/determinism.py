@@ -168,7 +168,8 @@ PACKED = "_dapa_packed"
 # Of all memory, the most that the packed weights of a model may take; not of what is free at the moment, since the two
 # ways of computing round differently.
 SHARE = 0.25
-# Smaller weights are not packed: calling that kernel takes a tenth of a millisecond.
+# Smaller weights are not packed, since calling that kernel takes a tenth of a millisecond, but computed in float64, in
+# which the order of a sum does not matter either.
 MIN_PACKED = 1 << 16
 # Rows for which weights are packed.
 NUM_ROWS = 16
@@ -289,7 +290,7 @@ def _upcast(packs: bool, layer: torch.nn.Linear, states: torch.Tensor) -> torch.
     tokens = states.numel() // states.shape[-1]
     has_graph = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
     # Of a weight of inference mode, nothing tells whether it changed.
-    packs = packs and weight.numel() >= MIN_PACKED and not weight.is_inference()
+    packs = packs and not weight.is_inference()
     if states.dtype != weight.dtype or (tokens < MIN_TOKENS and not has_graph and not packs):
         return linear(states, weight, bias)
     if not has_graph:
@@ -299,6 +300,9 @@ def _upcast(packs: bool, layer: torch.nn.Linear, states: torch.Tensor) -> torch.
 
 
 def _wide(states: torch.Tensor, layer: torch.nn.Linear, *, packs: bool) -> torch.Tensor:
+    if packs and layer.weight.numel() < MIN_PACKED:
+        exact = linear(states.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+        return exact.to(states.dtype)
     weight, bias = layer.weight, None if layer.bias is None else layer.bias.float()
     wide = states.float().reshape(-1, states.shape[-1])
     result = states.new_empty((len(wide), weight.shape[0]))

@@ -78,7 +78,9 @@ def packed(layer: torch.nn.Linear) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_computes_each_token_alike_in_any_number_and_piece(slow, monkeypatch, bias):
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_a_packed_or_small_layer_computes_each_token_alike_in_any_number_and_piece(slow, monkeypatch, bias, least):
+    monkeypatch.setattr(determinism, "MIN_PACKED", least)
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(224, 608, bias=bias).to(torch.bfloat16)
     states = torch.randn(300, 224, generator=generator).to(torch.bfloat16)
@@ -88,6 +90,8 @@ def test_a_packed_layer_computes_each_token_alike_in_any_number_and_piece(slow, 
             assert torch.equal(torch.cat([layer(part) for part in states.split(number)]), expected)
         monkeypatch.setattr(determinism, "PIECE", 7 * 608)
         assert torch.equal(layer(states), expected)
+    # What is too small to be packed has no copy.
+    assert (determinism.PACKED in layer.__dict__) == (least == 0)
 
 
 def test_a_packed_weight_is_kept_until_it_changes_in_place_and_freed_with_the_model(slow):

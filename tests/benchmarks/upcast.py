@@ -4,7 +4,7 @@
 prompts in turn in each way, with as many threads as torch takes, and prints the seconds of the fastest round, the
 memory, and how many answers are those of the first way, word for word. On a processor with arithmetic of the model's
 dtype nothing is upcast, and the first two ways are the same. At the end, for one layer of each shape of the model, how
-long a product of 1, 12, 100 and 400 rows takes in each way.
+long a product of 1, 12, 100 and 400 rows takes in each way, and whether packed rows have the same bits in any number.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for shape in sorted(shapes):
         print(f"{shape[1]} x {shape[0]}: {', '.join(_products(shape, own, rows) for rows in (1, 12, 100, 400))}")
+        print(f"  packed, a row has the same bits in any number of rows: {'yes' if _is_alike(shape, own) else 'NO'}")
 
 
 def _products(shape: tuple[int, ...], own: torch.dtype, rows: int) -> str:
@@ -91,6 +92,16 @@ def _products(shape: tuple[int, ...], own: torch.dtype, rows: int) -> str:
         with torch.inference_mode(), batch_invariant(layer, packs=packs):
             found.append(1000 * timed(lambda: layer(states), CPU))  # noqa: B023  Called before they change.
     return f"{rows} rows " + " / ".join(f"{one:.2f}" for one in found) + " ms"
+
+
+def _is_alike(shape: tuple[int, ...], own: torch.dtype) -> bool:
+    """Whether a row has the same bits among 1 to 200 rows."""
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False).to(own)
+    states = torch.randn(200, shape[1]).to(own)
+    with torch.inference_mode(), batch_invariant(layer, packs=True):
+        expected = layer(states)
+        numbers = (1, 2, 3, 5, 16, 33, 100)
+        return all(torch.equal(torch.cat([layer(part) for part in states.split(one)]), expected) for one in numbers)
 
 
 if __name__ == "__main__":

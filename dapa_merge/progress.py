@@ -59,6 +59,11 @@ class _Task:
     start: float = field(default_factory=lambda: time.monotonic())
     done: float = 0
 
+    @property
+    def spent(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.start
+
 
 # Not a context variable, because progress also comes from threads.
 _lock = threading.RLock()
@@ -69,7 +74,8 @@ _consoles: list[Console] = []
 TOLD_EVERY_SECONDS = 30.0
 LOOKED_AT_EVERY_SECONDS = 1.0
 _told = [0.0]
-# The last step that was told, and when.
+# The last step that was told, and when; how far a work is, is no step.
+IS_STEP = "is_step"
 _step: list[tuple[str, float]] = [("", 0.0)]
 # Units that a task works on all at once, so that it has few of them done until it is nearly done.
 AT_ONCE = ("prompts",)
@@ -117,7 +123,7 @@ class _Job:
 
     def finish(self, work: _Task) -> None:
         seconds, amount = self._spent.get(work.unit, (0.0, 0.0))
-        self._spent[work.unit] = seconds + time.monotonic() - work.start, amount + work.done
+        self._spent[work.unit] = seconds + work.spent, amount + work.done
 
     def seconds_left(self) -> float | None:
         """About how long the rest takes; None if a unit's pace is not known yet."""
@@ -127,11 +133,10 @@ class _Job:
             if amount and rate is None:
                 return None
             total += amount * (rate or 0)
-            if rate is not None and unit in AT_ONCE and _tasks and _tasks[-1].unit == unit:
-                # What is under way has nothing to show for its time yet.
-                task = _tasks[-1]
+            if rate is not None and unit in AT_ONCE and (task := _task_of(unit)) is not None:
+                # Answers under way have nothing to show for their time yet.
                 left = min(amount, task.total - task.done) * rate
-                total -= min(MOST_UNSEEN * left, max(time.monotonic() - task.start - task.done * rate, 0))
+                total -= min(MOST_UNSEEN * left, max(task.spent - task.done * rate, 0))
         return total
 
     def _amounts(self) -> dict[str, float]:
@@ -144,8 +149,8 @@ class _Job:
     def _rate(self, unit: str) -> float | None:
         seconds, amount = self._spent.get(unit, (0.0, 0.0))
         known = self._mean(unit, seconds, amount)
-        if _tasks and (task := _tasks[-1]).unit == unit:
-            spent, done = time.monotonic() - task.start, task.done
+        if (task := _task_of(unit)) is not None:
+            spent, done = task.spent, task.done
             if unit in AT_ONCE and known is not None and spent > done * known:
                 if spent <= task.total * known:
                     return known
@@ -159,6 +164,11 @@ class _Job:
             # Thought of as measured for a while: the first few are slow, since models and caches begin cold.
             seconds, amount = seconds + PRIOR_SECONDS, amount + PRIOR_SECONDS / prior
         return seconds / amount if amount else None
+
+
+def _task_of(unit: str) -> _Task | None:
+    """The innermost task, if it counts this unit."""
+    return _tasks[-1] if _tasks and _tasks[-1].unit == unit else None
 
 
 @contextmanager
@@ -282,8 +292,7 @@ def task(description: str, total: int, unit: str) -> Iterator[None]:
 def advance(amount: int, unit: str) -> None:
     """Report an amount of work as done; it counts for the innermost task if that has the same unit."""
     with _lock:
-        innermost = _tasks[-1] if _tasks else None
-        if innermost is None or innermost.unit != unit:
+        if (innermost := _task_of(unit)) is None:
             return
         innermost.done += amount
         innermost.move(amount)
@@ -305,10 +314,7 @@ def _break_silence() -> None:
             # Such as a model that is being loaded.
             ((step, since),) = _step
             line = f"at work for {duration(now - since)} on what follows this: {step}"
-        kept = list(_step)
-    LOG.info(line)
-    # Such a line is no step.
-    _step[:] = kept
+    LOG.info(line, extra={IS_STEP: False})
 
 
 @contextmanager
@@ -336,10 +342,9 @@ def _how_far(work: _Task) -> str:
     """A line on a task for those without a bar."""
     is_size = work.unit == "bytes"
     done, total = (f"{number / 1e9:.2f}" if is_size else f"{number:,.0f}" for number in (work.done, work.total))
-    spent = time.monotonic() - work.start
     left = _jobs[-1].seconds_left() if _jobs else None
     if not _jobs and work.done:
-        left = spent * max(work.total - work.done, 0) / work.done
+        left = work.spent * max(work.total - work.done, 0) / work.done
     what = _doing(_jobs[-1]) if _jobs else work.description
     told = [f"{what}: {done} of {total} {'GB' if is_size else work.unit}", _left_text(left)]
     return ", ".join(filter(None, told)) + (" in all" if _jobs and left is not None else "")
@@ -361,14 +366,8 @@ def shown(quiet: bool = False) -> Iterator[None]:
         return
     console = Terminal(stderr=True)
     _consoles.append(console)
-
-    def tell(line: str) -> None:
-        _told[0] = time.monotonic()
-        _step[:] = [(line, _told[0])]
-        console.print(line, soft_wrap=True)
-
     try:
-        with _each_step(tell), _watched(console):
+        with _each_step(lambda line: console.print(line, soft_wrap=True)), _watched(console):
             yield
     finally:
         _consoles.pop()
@@ -406,7 +405,11 @@ class _Handler(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(printable(record.getMessage()))
+        line = printable(record.getMessage())
+        _told[0] = time.monotonic()
+        if getattr(record, IS_STEP, True):
+            _step[:] = [(line, _told[0])]
+        self._tell(line)
 
 
 def _ignore(_: object) -> None:

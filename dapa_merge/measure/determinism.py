@@ -191,9 +191,10 @@ def batch_invariant(model: torch.nn.Module, *, packs: bool | None = None) -> Ite
         model: The model, or a layer.
         packs: Whether to keep packed weights; None for where all of `model` fits.
     """
-    layers = [layer for layer in _layers(model) if "forward" not in layer.__dict__ or FORWARD in layer.__dict__]
+    all_layers = _layers(model)
+    layers = [layer for layer in all_layers if "forward" not in layer.__dict__ or FORWARD in layer.__dict__]
     if packs is None:
-        packs = _packs(layers)
+        packs = _packs(all_layers)
     before = {layer: layer.__dict__[FORWARD] for layer in layers if FORWARD in layer.__dict__}
     try:
         for layer in layers:
@@ -221,12 +222,19 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def _packs(layers: Sequence[torch.nn.Linear]) -> bool:
-    return can_pack(sum(layer.weight.numel() for layer in layers))
+    is_upcast = any(is_slow(dtype) for dtype in {layer.weight.dtype for layer in layers})
+    return is_upcast and can_pack(sum(layer.weight.numel() for layer in layers))
 
 
 def can_pack(num_weights: int) -> bool:
     """Whether packed copies of so many weights may be kept: the same answer whatever else the memory is used for."""
-    return 4 * num_weights <= SHARE * psutil.virtual_memory().total and _has_packed_kernel()
+    return 4 * num_weights <= SHARE * _memory() and _has_packed_kernel()
+
+
+@functools.cache
+def _memory() -> int:
+    """Bytes of all memory of this machine."""
+    return int(psutil.virtual_memory().total)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def numbers(tile: bytes, dtype: str) -> numpy.ndarray:
 
 
 class Shift(NamedTuple):
-    """What an edit does to some values of the target.
+    """The effect of an edit on some values of the target.
 
     Attributes:
         number: Number of values that become others.
@@ -40,7 +40,7 @@ class Shift(NamedTuple):
 
     @classmethod
     def between(cls, before: bytes, after: bytes, dtype: str) -> Shift:
-        """What becomes of computed values, given their bytes. They are compared as bits, so that NaN equals itself."""
+        """The effect on computed values, from their old and new bytes. Bits are compared, so that NaN equals itself."""
         width, _ = EXPONENTS[dtype]
         one, other = (numpy.frombuffer(each, dtype=width) for each in (before, after))
         # A computed zero may have another sign: all bits but that are 0.

@@ -129,7 +129,9 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         CheckpointError: If it does not match its recipe and manifest; nothing is published.
         HubError: If the Hub refuses, or does not answer; the repository has all of it or nothing.
     """
-    publishable(require_result(out).parent)
+    # A folder that cannot be published is told before a token that is missing.
+    require_result(out)
+    publishable(out)
     check_push(destination, card)
     ready = prepare(out, destination, card, is_verified=is_verified)
     files = dict(ready.files)

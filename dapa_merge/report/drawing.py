@@ -1,4 +1,4 @@
-"""What all charts have in common: the class that declares one, their style, sheets, labels, and maps of layers.
+"""The common parts of all charts: the class that declares one, style, sheets, labels, and maps of layers.
 
 `run` and the model card have their charts in `report/charts.py`; `trace`, `compare` and `inspect` declare theirs with
 the same class.

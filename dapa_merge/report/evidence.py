@@ -234,7 +234,7 @@ def _limits(found: Search, searched: Searched, before: Figures, after: Figures, 
 
 
 def _origin(found: Search, limit: float, retain: float) -> str:
-    """What the least score is a share of, as the rest of a phrase."""
+    """The gain that the least score is a share of, as the rest of a phrase."""
     before = found.target.score
     reached = before + (limit - before) / retain
     all_units = found.reference or found.full

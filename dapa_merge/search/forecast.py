@@ -78,7 +78,7 @@ class Forecast(Expected):
     float32_seconds: float | None = None
 
     def __str__(self) -> str:
-        """What it takes and, where float32 takes less, that."""
+        """The estimate as text, with that of float32 where it is less."""
         if self.float32_seconds is None:
             return super().__str__()
         less = f"{duration(self.float32_seconds)} with --dtype float32: this processor has no 16-bit arithmetic"

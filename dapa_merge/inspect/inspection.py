@@ -64,7 +64,7 @@ class Surroundings:
         architecture: Its class in `config.json`.
         num_parameters: Number of parameters.
         dtypes: Number of parameters by the name of their dtype, the most first.
-        num_tokens: Number of tokens in `tokenizer.json`; None without that file.
+        num_tokens: Number of tokens in `tokenizer.json`; None without that file, or if it was not read.
         tokenizer: Digest of these tokens; None as above.
         template: Digest of the chat template; None without one.
         license: As the model's card names it; None if it does not.
@@ -191,7 +191,11 @@ def warn_of_swap(target: Location, source: Location) -> None:
     """
     with suppress(DapaError):
         places = {"target": target, "source": source}
-        models = {name: _surroundings(open_location(place, partial=True), place) for name, place in places.items()}
+        # A tokenizer tells nothing of this, and takes a second to read.
+        models = {
+            name: _surroundings(open_location(place, partial=True), place, reads_tokenizer=False)
+            for name, place in places.items()
+        }
         if signs := list(_signs_of_a_swap(models)):
             LOG.warning(_swapped(signs))
 
@@ -243,11 +247,11 @@ def recipe_of(found: Inspection) -> str:
     )
 
 
-def _surroundings(checkpoint: Checkpoint, place: Location) -> Surroundings:
+def _surroundings(checkpoint: Checkpoint, place: Location, *, reads_tokenizer: bool = True) -> Surroundings:
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         dtypes[TORCH_NAMES.get(tensor.dtype, tensor.dtype)] += tensor.num_parameters
-    tokens = _tokens(checkpoint.folder / "tokenizer.json")
+    tokens = _tokens(checkpoint.folder / "tokenizer.json") if reads_tokenizer else None
     loaded_from = checkpoint.config.get("_name_or_path")
     try:
         card = describe_parent("", replace(place, adapter=None))

@@ -9,8 +9,8 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(dapa_merge.__
 # Raised from 130 and 27,000 for the edits that repair fine-tunes of the aligned model, for strangers' files, for the
 # field's methods beside ours, on clusters too, for what tells the kinds of damage apart, and for
 # what is published without paths.
-MAX_MODULES = 184
-MAX_LINES = 48_100
+MAX_MODULES = 186
+MAX_LINES = 48_350
 MAX_MODULE_LINES = 600
 MAX_LATE_IMPORTS = 56
 

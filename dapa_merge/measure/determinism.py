@@ -227,8 +227,13 @@ def _packs(layers: Sequence[torch.nn.Linear]) -> bool:
 
 
 def can_pack(num_weights: int) -> bool:
-    """Whether packed copies of so many weights may be kept: the same answer whatever else the memory is used for."""
-    return 4 * num_weights <= SHARE * _memory() and _has_packed_kernel()
+    """Whether packed copies of so many weights may be kept."""
+    return _may_keep(num_weights) and _has_packed_kernel()
+
+
+def _may_keep(num_weights: int) -> bool:
+    """Whether so many weights may be kept in float32 beside a model, whatever else the memory is used for now."""
+    return 4 * num_weights <= SHARE * _memory()
 
 
 @functools.cache
@@ -378,14 +383,16 @@ MAX_WIDENED = 60_000_000
 
 @contextmanager
 def widened(model: PreTrainedModel) -> Iterator[None]:
-    """Compute a small 16-bit model on a CPU in float32 inside a `with` block, which is faster there.
+    """Compute a 16-bit model on a CPU in float32 inside a `with` block, if that is faster there.
 
-    Its own tensors come back on exit, bit for bit; what is written to it in the block is lost.
+    It is for small models, and for those whose weights a CPU without 16-bit arithmetic would upcast in both directions
+    of every pass, if a copy in float32 fits; packed copies make room for it. Its own tensors come back on exit, bit for
+    bit; what is written to it in the block is lost.
     """
     parameters = list(model.parameters())
-    is_small = device_types(model) == {"cpu"} and sum(one.numel() for one in parameters) <= MAX_WIDENED
-    is_small = is_small and not is_quantized(model)
-    before = [one.data for one in parameters] if is_small else []
+    before = [one.data for one in parameters] if _is_faster_in_float32(model) else []
+    if before:
+        drop_copies(model)
     try:
         for parameter, data in zip(parameters, before, strict=False):
             if data.dtype in (torch.bfloat16, torch.float16):
@@ -394,3 +401,12 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter, data in zip(parameters, before, strict=False):
             parameter.data = data
+
+
+def _is_faster_in_float32(model: PreTrainedModel) -> bool:
+    if device_types(model) != {"cpu"} or is_quantized(model):
+        return False
+    parameters = list(model.parameters())
+    number = sum(one.numel() for one in parameters)
+    is_upcast = any(map(is_slow, {one.dtype for one in parameters} & {torch.bfloat16, torch.float16}))
+    return number <= MAX_WIDENED or (is_upcast and _may_keep(number))

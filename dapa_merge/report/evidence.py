@@ -35,7 +35,8 @@ from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
 from dapa_merge.search.requirement import settings_of
 from dapa_merge.search.result import Limit, Search
-from dapa_merge.search.search import Session, search
+from dapa_merge.search.search import search
+from dapa_merge.search.session import Session
 from dapa_merge.search.workers import in_order
 
 

@@ -147,6 +147,23 @@ class Bench(Resident):
         """
         journal = Journal() if journal is None else journal
         wanted = {f"{name}: {piece}": one for piece, one in self._measurements.items()}
+        self._measure(wanted, selection, journal, what)
+        responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
+        for piece, one in wanted.items():
+            if one.piece is not None:
+                responses[one.piece[0]] += _responses_in(journal, piece)
+        figures = {
+            limited.figure: journal.pieces[f"{name}: {limited.figure}"]
+            if limited.kind is None
+            else _share(limited, responses[limited.kind])
+            for limited in self.constraints
+        }
+        return Baseline(figures, tuple(responses["harmful"]))
+
+    def _measure(
+        self, wanted: Mapping[str, _Measurement], selection: Iterable[Unit], journal: Journal | MarkedJournal, what: str
+    ) -> None:
+        """Make the measurements of a selection that the journal lacks, whose names there are the keys."""
         missing = {piece: one for piece, one in wanted.items() if piece not in journal.pieces}
         if missing:
             total = sum(one.num_prompts for one in missing.values())
@@ -158,23 +175,27 @@ class Bench(Resident):
                     began = time.monotonic()
                     value = one.make(candidate)
                     journal.piece(piece, value, time.monotonic() - began)
-        responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
-        for piece, one in wanted.items():
-            if one.piece is not None:
-                responses[one.piece[0]] += [Response.from_json(said) for said in journal.pieces[piece]]
-        figures = {
-            limited.figure: journal.pieces[f"{name}: {limited.figure}"]
-            if limited.kind is None
-            else _share(limited, responses[limited.kind])
-            for limited in self.constraints
-        }
-        return Baseline(figures, tuple(responses["harmful"]))
 
     def recorded(self, journal: Journal | MarkedJournal, name: str, selection: Sequence[Unit], what: str) -> Baseline:
         """The `baseline` of a selection from a journal's note of this name; if absent, it is measured and noted."""
         if name not in journal.notes:
             journal.note(name, self.baseline(selection, journal, name, f"measuring {what}").to_json())
         return Baseline.from_json(journal.notes[name])
+
+    def recorded_score(self, journal: Journal, name: str, selection: Sequence[Unit], what: str) -> float:
+        """The score of such a baseline; if the note is absent, only what the score takes is measured and recorded."""
+        if name in journal.notes:
+            return Baseline.from_json(journal.notes[name]).score
+        limited = self.constraints[0]
+        wanted = {
+            f"{name}: {piece}": one
+            for piece, one in self._measurements.items()
+            if (piece == limited.figure if one.piece is None else one.piece[0] == limited.kind)
+        }
+        self._measure(wanted, selection, journal, f"measuring {what}")
+        if limited.kind is None:
+            return float(journal.pieces[f"{name}: {limited.figure}"])
+        return _share(limited, [response for piece in wanted for response in _responses_in(journal, piece)])
 
     @property
     def _measurements(self) -> dict[str, _Measurement]:
@@ -283,6 +304,10 @@ def _figure_of(constraint: Constraint, candidate: _LiveExaminee) -> float:
 
 def _responses_of(kind: str, piece: int, candidate: _LiveExaminee) -> list[dict[str, Any]]:
     return [asdict(response) for response in candidate.responses(kind, piece)]
+
+
+def _responses_in(journal: Journal | MarkedJournal, piece: str) -> list[Response]:
+    return [Response.from_json(said) for said in journal.pieces[piece]]
 
 
 def _share(constraint: Constraint, responses: Sequence[Response]) -> float:

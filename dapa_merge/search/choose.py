@@ -25,13 +25,14 @@ from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import SCORE
-from dapa_merge.search.ascent import Settings, factors_of
+from dapa_merge.search.ascent import factors_of
 from dapa_merge.search.identity import data_digest
 from dapa_merge.search.journal import name_of
 from dapa_merge.search.parts import MAX_PARTS, how_to_pick, nearest
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Baseline, Point
 from dapa_merge.search.rounds import Rounds
+from dapa_merge.search.slopes import Settings
 from dapa_merge.search.spectrum import Spectrum, kept_spectra
 
 DIVERGENCE = "divergence"

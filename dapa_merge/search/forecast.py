@@ -22,8 +22,8 @@ from dapa_merge.plan.selection import given_selection
 from dapa_merge.progress import duration
 from dapa_merge.recipe.options import DTYPES, Options
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bundles import MAX_ALONE, by_layer, num_scanning
+from dapa_merge.search.slopes import Settings
 
 # Tokens of a prompt, with the tokens of its answer that are compared, without what all prompts begin with.
 TOKENS_OF_ROW = 36
@@ -49,6 +49,7 @@ class Work:
         prompts: Answers of candidates, about.
         steps: Of a choice of directions.
         parameters: Of the matrices that are decomposed.
+        in_vain: Answers after which an edit that does not repair is usually known not to: those of the scores.
     """
 
     edit: str
@@ -56,6 +57,7 @@ class Work:
     prompts: float
     steps: int
     parameters: int
+    in_vain: int
 
     @property
     def amounts(self) -> dict[str, float]:
@@ -65,7 +67,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast(Expected):
-    """What a run will take, about, if every rung is tried.
+    """What a run will take, about, if it is the last rung that repairs.
 
     Attributes:
         works: Of each rung.
@@ -115,7 +117,8 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         if selection is None:
             works.append(work_of(recipe, plan, parts))
     plan = ladder.plan
-    parts_of_run: dict[str, Mapping[str, float]] = {work.edit: work.amounts for work in works}
+    parts_of_run: dict[str, Mapping[str, float]] = {work.edit: {"prompts": work.in_vain} for work in works[:-1]}
+    parts_of_run |= {work.edit: work.amounts for work in works[-1:]}
     parts_of_run[REPORT] = {"prompts": num_report}
     rates = rates_of(Calibration(plan.target, device, options.dtype), ladder.recipe.max_new_tokens)
     found = Forecast(
@@ -193,7 +196,7 @@ def num_asked(prompts: PromptSet, *, asks_keep: bool = False) -> int:
 def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     """What the search of a recipe of one edit takes."""
     each = len(parts.search.harmful) + len(parts.search.harmless)
-    baselines = 2 * each + len(parts.search.measured_keep)
+    baselines, in_vain = 2 * each + len(parts.search.measured_keep), 2 * len(parts.search.harmful)
     in_bundles = plan.edit.chooses and len(plan.units) > MAX_ALONE
     number = len(by_layer(plan.units)) if in_bundles else len(plan.units)
     # Among bundles it hardly ever goes on: of real models, most were needed (tests/benchmarks/RESULTS.md).
@@ -201,14 +204,14 @@ def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     most = recipe.max_tests or (num_scanning(number) if is_scan else None)
     tests = expected_tests(number, recipe.search, max_tests=most)
     if not plan.edit.chooses:
-        return Work(recipe.edit, tests, baselines + tests * each * ASKED, 0, 0)
+        return Work(recipe.edit, tests, baselines + tests * each * ASKED, 0, 0, in_vain)
     settings, choice = Settings(), parts.choice or parts.search
     rounds = settings.num_rounds + MORE_ROUNDS
     read = 2 * len(choice.harmful) + len(choice.harmless) + 2 * len(choice.keep)
-    # Two more rounds settle what is left.
-    steps = (rounds + 2) * settings.num_steps
+    # Two more rounds settle what a search left, which among bundles is usually all.
+    steps = (rounds + (0 if is_scan else 2)) * settings.num_steps
     prompts = baselines + read + (rounds + 1) * each + tests * each * ASKED
-    return Work(recipe.edit, tests, prompts, steps, plan.num_parameters(plan.units))
+    return Work(recipe.edit, tests, prompts, steps, plan.num_parameters(plan.units), in_vain)
 
 
 def rates_of(passes: Calibration, max_new_tokens: int | None) -> dict[str, float]:

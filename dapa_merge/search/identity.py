@@ -24,10 +24,10 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Where
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 from dapa_merge.search.requirement import identity_of, refers
+from dapa_merge.search.slopes import Settings
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, possible: float | None = None) -> Journal:

@@ -23,7 +23,8 @@ from dapa_merge.search.forecast import forecast
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.requirement import is_noise
 from dapa_merge.search.result import Search
-from dapa_merge.search.search import Session, baselines, scores_text, search_plan
+from dapa_merge.search.search import search_plan
+from dapa_merge.search.session import Session, baselines, scores_text
 
 Outcome = TypeVar("Outcome")
 
@@ -143,7 +144,7 @@ def _possible(last: Attempt) -> float:
         target, full = baselines(session)
         loss = target.score - full.score
         if loss > 0 and not is_noise(loss, bench.num_scored):
-            told = scores_text(session, target, full)
+            told = scores_text(session, target.score, full.score)
             raise CannotRepair(
                 f"the source, {recipe.source}, makes the target, {recipe.target}, worse: {told}; were the two swapped?",
                 told,

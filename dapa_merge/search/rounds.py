@@ -8,31 +8,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
+import psutil
 import torch
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.divergence import make_reference
-from dapa_merge.measure.generate import decode, generate, generate_ids
+from dapa_merge.measure.generate import decode, encode, generate, generate_ids
+from dapa_merge.measure.placement import device_types
 from dapa_merge.measure.prompts.conversation import request_of
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, remain, task
-from dapa_merge.search.ascent import Ascent, Chunk, LiveSlopes, Part, Settings, Sides, Step
+from dapa_merge.search.ascent import Ascent
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench, Hand, MeasureSelection
 from dapa_merge.search.cluster import Actors, Shared
 from dapa_merge.search.journal import Journal
+from dapa_merge.search.slopes import Chunk, LiveSlopes, Part, Settings, Sides, Step
 from dapa_merge.search.spectrum import Spectrum, spectra_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
+# Of all memory, the most that logits of the target's own answers may take.
+LOGITS_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ class Rounds:
         live, said = self.bench.live, self._said()
         sides = self._sides(said)
         with widened(live.model):
+            keeps_logits = _fit(live.model, said["kept"])
             keep = [
                 make_reference(
                     live.model,
@@ -225,6 +234,7 @@ class Rounds:
                     prompts,
                     batch_size=self.bench.meter.batch_size,
                     max_new_tokens=num_tokens,
+                    keeps_logits=keeps_logits,
                     answers=answers,
                 ).rows
                 for (prompts, num_tokens), answers in zip(self._kept, said["kept"], strict=True)
@@ -254,8 +264,20 @@ class Rounds:
             classifier, batch_size = meter.classifiers[0], meter.batch_size
             num_tokens = max(meter.max_new_tokens, self.settings.num_tokens)
 
+            def settle(beginning: str, request: str) -> object:
+                # Enough for a contrast, whose sides have some tokens in common at first.
+                is_enough = len(encode(live.tokenizer, beginning)) >= 2 * self.settings.num_tokens
+                return classifier.settle(beginning, request) if is_enough and classifier.settle else None
+
             def responses(prompts: Sequence[str]) -> list[tuple[str, str]]:
-                found = generate(live.model, live.tokenizer, prompts, max_new_tokens=num_tokens, batch_size=batch_size)
+                found = generate(
+                    live.model,
+                    live.tokenizer,
+                    prompts,
+                    max_new_tokens=num_tokens,
+                    batch_size=batch_size,
+                    settle=settle,
+                )
                 outcomes = classifier.classify([request_of(prompt) for prompt in prompts], found)
                 return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
 
@@ -319,6 +341,15 @@ class Rounds:
             )
         LOG.info(f"{len(sides)} of {len(harmful)} harmful choice prompts are refused by the source alone")
         return sides
+
+
+def _fit(model: PreTrainedModel, kept: Sequence[Sequence[Sequence[int]]]) -> bool:
+    """Whether to keep the logits of the target's answers: on a CPU, to compute them anew takes a tenth of a step."""
+    if device_types(model) != {"cpu"}:
+        return False
+    num_tokens = sum(len(answer) for answers in kept for answer in answers)
+    num_bytes = num_tokens * model.config.get_text_config(decoder=True).vocab_size * torch.float32.itemsize
+    return bool(num_bytes <= LOGITS_SHARE * psutil.virtual_memory().total)
 
 
 def _encoded(state: torch.Tensor) -> dict[str, Any]:

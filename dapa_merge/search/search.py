@@ -7,25 +7,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped, UsageError
 from dapa_merge.measure.decode import DoesNotFit
-from dapa_merge.measure.figures import SEARCH_PROMPTS
-from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import split_prompts
-from dapa_merge.measure.prompts.sets import PromptSet
-from dapa_merge.plan.edit import Directions, not_finite
+from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join, reduced
 from dapa_merge.plan.selection import units_that_differ, without_equal_units
 from dapa_merge.progress import LOG, remain, task
-from dapa_merge.recipe.constraints import SCORE, shown
+from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
 from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles, num_scanning
@@ -44,6 +40,8 @@ from dapa_merge.search.requirement import (
 )
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.rounds import Helpers, Rounds
+from dapa_merge.search.session import Session, baselines, check_same, scores, scores_text
+from dapa_merge.search.slopes import Settings
 from dapa_merge.search.workers import Oracle, Workers, in_order, is_test, names_of, pieces_of_test
 
 Prior = Mapping[Unit, float]
@@ -51,27 +49,6 @@ Prior = Mapping[Unit, float]
 # token, where that hardly shows in what a model says.
 MORE_DIVERGENCE = 1.1
 SMALL_DIVERGENCE = 0.005
-
-
-@dataclass(frozen=True)
-class Session:
-    """The objects that the steps of one search share.
-
-    Attributes:
-        choice: The prompts that an edit that chooses makes its choice by.
-        possible: The score that another edit reaches with all that it can change; None if that does not matter. What
-            a selection must reach depends on it.
-        helpers: The workers, where an edit that chooses shares its work.
-    """
-
-    recipe: Recipe
-    plan: Plan
-    bench: Bench
-    journal: Journal | MarkedJournal
-    options: Options
-    choice: PromptSet | None = None
-    possible: float | None = None
-    helpers: Helpers | None = None
 
 
 def search_plan(
@@ -121,6 +98,8 @@ def search(session: Session) -> Search:
         DapaError: For any other error; finished tests are in the journal.
     """
     start = time.monotonic()
+    if session.possible is not None and not session.plan.edit.chooses:
+        _check_scores(session)
     target, full = baselines(session)
     limits = _limits(session, target, full)
     search_all = _search_points if session.plan.edit.chooses else _search_transplant
@@ -216,7 +195,7 @@ def _measured_again(session: Session, found: Search) -> Search:
     remain(prompts=bench.num_prompts, steps=0, parameters=0)
     figures = bench.baseline(found.minimum.units, what="measuring the result, whose tests an earlier run made").figures
     if found.result is not None:
-        _check_same(session, f"point {found.result.name}", found.result.figures, figures)
+        check_same(session, f"point {found.result.name}", found.result.figures, figures)
     limits = found.limits or found.requirement
     if not found.by_hand:
         if (complaint := limits.loosened(bench.num_of_kind).complaint(figures)) is not None:
@@ -353,109 +332,63 @@ def _workers(session: Session, limits: Requirement) -> Workers:
     return start_workers(session.recipe, session.plan, session.bench, limits, session.options)
 
 
-def baselines(session: Session) -> tuple[Baseline, Baseline]:
-    """All figures of the target, and of its full transplant."""
-    target = _baseline(session, "target", (), "target")
-    reference, units = session.plan.reference, session.plan.units
-    session.bench.use(reference)
-    full = _baseline(session, "full transplant", units, f"target with all {len(units)} units {reference.edit.done}")
-    session.bench.use(session.plan)
-    return target, full
-
-
-def _baseline(session: Session, name: str, units: Sequence[Unit], told: str) -> Baseline:
-    """All figures of the target with some units, from the journal if recorded under `name`; messages say `told`."""
-    recipe, bench, journal = session.recipe, session.bench, session.journal
-    baseline = bench.recorded(journal, name, units, f"the {told}")
-    assert isinstance(journal, Journal)
-    if name in journal.foreign:
-        _check_recorded(session, told, units, baseline)
-        journal.confirm(name)
-    figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
-    found = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
-    asked = " and ".join(f"{number} {kind}" for kind, number in bench.num_of_kind.items())
-    LOG.info(f"the {told}{'' if units else f', on {asked} {SEARCH_PROMPTS}'}: {', '.join(found)}")
-    if math.inf in baseline.figures.values():
-        _check_finite(session.plan, ["source"] if units else ["target"])
-        edited = f", with every unit edited by the source {recipe.source}," if units else ""
-        raise CheckpointError(f"the target {recipe.target}{edited} computes infinities or NaN; its weights are damaged")
-    return baseline
-
-
-def _check_recorded(session: Session, name: str, units: Sequence[Unit], recorded: Baseline) -> None:
-    """Measure a baseline again that others may have made up, since every limit rests on it.
-
-    Raises:
-        UsageError: If its figures are others.
-    """
-    bench = session.bench
-    now = bench.baseline(units, what=f"measuring the {name} again").figures
-    _check_same(session, name, recorded.figures, now)
-
-
-def _check_same(session: Session, name: str, recorded: Mapping[str, float], now: Mapping[str, float]) -> None:
-    """Raise `UsageError` if figures that a journal recorded are others now, by more than noise."""
-    bench, journal = session.bench, session.journal
-    for one in bench.constraints:
-        was, found = recorded.get(one.figure, math.nan), now[one.figure]
-        # As far as noise goes, each is within the limit that the other would be.
-        pairs = ((was, now), (found, {one.figure: was}))
-        differs = any(
-            Requirement(((one, limit),)).loosened(bench.num_of_kind).complaint(figures) for limit, figures in pairs
-        )
-        if math.isnan(was) != math.isnan(found) or differs:
-            raise UsageError(
-                f"the journal {journal.path} is not true of these models on this machine: in it the {one.label} of the "
-                f"{name} is {shown(was)}, but measured now it is {shown(found)}; remove the journal to search again"
-            )
-
-
-def _check_finite(plan: Plan, names: Sequence[str]) -> None:
-    """Raise `CheckpointError` for the first of the plan's tensors, of these models, with values that are not finite."""
-    for regions in plan.regions(plan.units):
-        for name in names:
-            if not bool(mapped_values(plan.models[name], regions[name]).float().isfinite().all()):
-                raise not_finite(regions[name].name, plan.models, name)
-
-
-def scores_text(session: Session, target: Baseline, full: Baseline) -> str:
-    """The scores of the full transplant and of the target, as a part of a sentence."""
-    done = session.plan.reference.edit.done
-    return (
-        f"with all {len(session.plan.units)} units {done} the {session.bench.measure} is {full.score:.3f}, and without "
-        f"them {target.score:.3f}"
-    )
+def _check_scores(session: Session) -> None:
+    """Raise `CannotRepair` where the scores of target and full transplant alone tell so, before more is measured."""
+    if (found := scores(session)) is None:
+        return
+    target, full = found
+    _check_gain(session, target, full)
+    limited = session.bench.constraints[0]
+    limit = limited.limit(target, _possible(session, full), settings_of(session.recipe)[limited.key])
+    _check_reaches(session, Requirement(((limited, limit),)), {SCORE.figure: full})
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     """The limits of a selection; raises `CannotRepair` if the full transplant violates one or gains nothing."""
     recipe, bench = session.recipe, session.bench
-    modules = ", ".join(session.plan.modules)
-    number = bench.num_scored
-    gain = full.score - target.score
-    if gain <= 0 or is_noise(gain, number):
-        others = auto_modules(session.plan.target.config, session.plan.target.shapes)
-        # A plan without the units that are equal may lack modules that the recipe has.
-        has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
-        noise = f", which may be noise of {noisy_prompts(number)} in {number} prompts" if gain > 0 else ""
-        more = "" if has_all else "; other modules may: try `modules: auto`"
-        told = f"{scores_text(session, target, full)}{noise}"
-        raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target through its modules {modules}: {told}{more}", told
-        )
-    possible = full.score if session.possible is None else max(full.score, session.possible)
-    figures = {**full.figures, SCORE.figure: possible}
+    _check_gain(session, target.score, full.score)
+    figures = {**full.figures, SCORE.figure: _possible(session, full.score)}
     limits = requirement(bench.constraints, target.figures, figures, settings_of(recipe))
     LOG.info(f"the limits: {limits_text(limits.to_json(), bench.num_of_kind)}")
     # The source itself may violate what a part of it, or a choice of its directions, does not.
-    if not session.plan.edit.chooses and not limits.split(full.figures)[0]:
-        complaint = limits.complaint(full.figures)
-        raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target within the recipe's limits: even with every unit "
-            f"({modules}) {complaint}",
-            f"with all {len(session.plan.units)} units {complaint}",
-        )
+    if not session.plan.edit.chooses:
+        _check_reaches(session, limits, full.figures)
     return limits
+
+
+def _possible(session: Session, full: float) -> float:
+    """The score that is possible with this edit or another one."""
+    return full if session.possible is None else max(full, session.possible)
+
+
+def _check_gain(session: Session, target: float, full: float) -> None:
+    """Raise `CannotRepair` if the full transplant scores no higher than the target, by more than noise."""
+    recipe, number = session.recipe, session.bench.num_scored
+    gain = full - target
+    if gain > 0 and not is_noise(gain, number):
+        return
+    others = auto_modules(session.plan.target.config, session.plan.target.shapes)
+    # A plan without the units that are equal may lack modules that the recipe has.
+    has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
+    noise = f", which may be noise of {noisy_prompts(number)} in {number} prompts" if gain > 0 else ""
+    more = "" if has_all else "; other modules may: try `modules: auto`"
+    told = f"{scores_text(session, target, full)}{noise}"
+    modules = ", ".join(session.plan.modules)
+    raise CannotRepair(
+        f"the source {recipe.source} cannot repair this target through its modules {modules}: {told}{more}", told
+    )
+
+
+def _check_reaches(session: Session, limits: Requirement, full: Mapping[str, float]) -> None:
+    """Raise `CannotRepair` if the full transplant does not score as high as a selection must."""
+    if limits.split(full)[0]:
+        return
+    complaint = limits.complaint(full)
+    raise CannotRepair(
+        f"the source {session.recipe.source} cannot repair this target within the recipe's limits: even with every "
+        f"unit ({', '.join(session.plan.modules)}) {complaint}",
+        f"with all {len(session.plan.units)} units {complaint}",
+    )
 
 
 def _marked(journal: Journal | MarkedJournal, plan: Plan) -> MarkedJournal:

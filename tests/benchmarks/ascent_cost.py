@@ -30,8 +30,9 @@ from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Ascent, Settings, Sides
+from dapa_merge.search.ascent import Ascent
 from dapa_merge.search.attribution import Contrast, sides_of
+from dapa_merge.search.slopes import Settings, Sides
 from dapa_merge.search.spectrum import spectra_of
 
 LIMIT = 1.5
@@ -120,14 +121,13 @@ def _passes(ascent: Ascent, live: LiveModel, contrasts, groups, parameters: Sequ
     for parameter in parameters:
         parameter.requires_grad_(True)
         hooks.append(parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None)))
-    slopes, read = ascent.slopes, ascent.slopes._read
-    slopes._read = counted_logits
+    padding = live.tokenizer.pad_token_id
     try:
-        slopes.refusal(contrasts)[0].backward()
+        refusals = counted_logits(live.model, padding, [refusing.row for refusing, _ in contrasts])
+        ascent.slopes.refusal(contrasts, refusals)[0].backward()
         for group in groups:
-            divergences(live.model, live.tokenizer.pad_token_id, group).sum().backward()
+            divergences(live.model, padding, group).sum().backward()
     finally:
-        slopes._read = read
         for hook in hooks:
             hook.remove()
         for parameter in parameters:

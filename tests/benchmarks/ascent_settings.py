@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from dapa_merge.search import choose, identity
 from dapa_merge.search import search as searching
-from dapa_merge.search.ascent import Settings
+from dapa_merge.search.slopes import Settings
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def with_settings(more_rounds: int = choose.MORE_ROUNDS, **values: Any) -> Itera
 
     Args:
         more_rounds: Rounds that may follow those of the settings.
-        values: Of `search.ascent.Settings`; with `max_rank` alone, there are never more.
+        values: Of `search.slopes.Settings`; with `max_rank` alone, there are never more.
     """
     if "max_rank" in values:
         values = {"more_rank": values["max_rank"], **values}

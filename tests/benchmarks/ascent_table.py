@@ -1,7 +1,7 @@
 """Measures settings of an ascent on a real pair: `python tests/benchmarks/ascent_table.py RECIPE OUT [SETTING ...]`.
 
 RECIPE is one with `edit: directions`, as `real_families.py` and `real_base_families.py` write. SETTING is one or more
-of `search.ascent.Settings`, such as `max_rank=64` or `max_harmless=0.35,num_rounds=6`; without one, those of a run are
+of `search.slopes.Settings`, such as `max_rank=64` or `max_harmless=0.35,num_rounds=6`; without one, those of a run are
 measured. The directions are chosen anew with each, and the points are printed with their figures on the search's
 prompts, and the seconds of the process. OUT gets a journal for each.
 """

@@ -33,7 +33,7 @@ from tiny import few_prompts, parse
 from dapa_merge import miniature
 from dapa_merge.compare.methods import METHODS, TRAINING, TUNED
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Settings
+from dapa_merge.search.slopes import Settings
 
 # Tokens of a prompt in its template, and of an answer.
 PROMPT, ANSWER = 40, 40

@@ -44,7 +44,8 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.ascent import Ascent, Settings
+from dapa_merge.search.ascent import Ascent
+from dapa_merge.search.slopes import Settings
 from dapa_merge.search.spectrum import MAX_RANK, OVERSAMPLING, spectra_of
 from dapa_merge.transplant.result import transplant
 

@@ -43,7 +43,6 @@ from dapa_merge.measure.divergence import divergence, make_reference
 from dapa_merge.measure.figures import Figures
 from dapa_merge.measure.live import LiveModel, mapped_values
 from dapa_merge.measure.meter import measure_checkpoint, measure_live, report_meter
-from dapa_merge.measure.perplexity import counted_logits
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.statistics import interval
 from dapa_merge.miniature import corpus
@@ -54,7 +53,7 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search import ascent
+from dapa_merge.search import ascent, slopes
 from dapa_merge.search import choose as choosing
 from dapa_merge.search import search as searching
 from dapa_merge.search.result import Search
@@ -221,7 +220,7 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     if key == "modules":
         changes["modules"] = tuple(value.split(","))
         return edited(replace(recipe, **changes), "directions")
-    if key in {field.name for field in fields(ascent.Settings)}:
+    if key in {field.name for field in fields(slopes.Settings)}:
         varied: AbstractContextManager[Any] = with_settings(**{key: value})
     else:
         varied = _varied(key, value)
@@ -251,7 +250,7 @@ def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
     if key == "loss":
         if value == "mean":
             return with_settings(margin=1000.0)
-        return patch.object(ascent.Ascent, "refusal", _likelihood)
+        return patch.object(slopes.LiveSlopes, "refusal", _likelihood)
     assert key == "basis"
     return patch.object(choosing, "kept_spectra", functools.partial(_other_basis, value))
 
@@ -267,12 +266,12 @@ def _unsettled(rounds: Any, units: Any, chosen: Any) -> Any:
     return choosing.planned(rounds.plan, spectra, start.state[:, columns])[0]
 
 
-def _likelihood(self: Any, batch: Any) -> Any:
+def _likelihood(_: Any, batch: Any, logits: Any) -> Any:
     """The negative log-likelihood of the refusals' tokens instead of their margins."""
     rows = [refusing.row for refusing, _ in batch]
     found = [
         -values.float().log_softmax(-1).gather(1, torch.tensor(row.ids[row.num_context :])[:, None])[:, 0]
-        for row, values in zip(rows, counted_logits(self._live.model, self._padding, rows), strict=True)
+        for row, values in zip(rows, logits, strict=True)
     ]
     # The smallest margin that the likelihood allows tells when refusals are said.
     smallest = [float(torch.special.logit(torch.exp(-one.detach()).clamp(1e-6, 1 - 1e-6)).min()) for one in found]

@@ -32,7 +32,8 @@ from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_bench
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.search import Session, search
+from dapa_merge.search.search import search
+from dapa_merge.search.session import Session
 
 
 def main(argv: Sequence[str] | None = None) -> None:

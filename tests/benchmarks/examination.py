@@ -39,7 +39,8 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.requirement import PROMPT_KINDS
-from dapa_merge.search.search import Session, search
+from dapa_merge.search.search import search
+from dapa_merge.search.session import Session
 
 LIMIT = 5.0
 

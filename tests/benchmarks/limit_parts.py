@@ -32,7 +32,8 @@ from dapa_merge.search.bench import make_bench
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.parts import Part, Parts, best_part
 from dapa_merge.search.requirement import requirement, settings_of
-from dapa_merge.search.search import Session, baselines, effects_of
+from dapa_merge.search.search import effects_of
+from dapa_merge.search.session import Session, baselines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

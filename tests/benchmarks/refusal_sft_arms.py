@@ -39,7 +39,8 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.result import Search
-from dapa_merge.search.search import Session, search
+from dapa_merge.search.search import search
+from dapa_merge.search.session import Session
 
 # peft asks transformers for a property that has another name by now.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

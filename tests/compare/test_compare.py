@@ -29,8 +29,8 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import drawing
 from dapa_merge.search import journal as journals
 from dapa_merge.search import search as searching
-from dapa_merge.search.ascent import Settings
 from dapa_merge.search.journal import Journal
+from dapa_merge.search.slopes import Settings
 
 # All but `directions`, whose search takes longer than all others together.
 QUICK = (

@@ -17,7 +17,7 @@ from dapa_merge.measure.decode import RowCache
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import Slot
 from dapa_merge.measure.perplexity import ScoredText, counted_logits, losses
-from dapa_merge.search.ascent import Axis, _adding
+from dapa_merge.search.slopes import Axis, _adding
 
 NUM_LAYERS, RANK = 4, 3
 _setup_privateuseone_for_python_backend("gpu")

@@ -27,8 +27,8 @@ from dapa_merge.measure.prompts.sets import Question
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options, Where, parse_memory
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Chunk, LiveSlopes, Step
 from dapa_merge.search.attribution import Contrast, attribute, sides_of
+from dapa_merge.search.slopes import LiveSlopes, Section, Step
 from dapa_merge.search.spectrum import spectra_of
 from dapa_merge.trace.case import embedding_deviation, make_settings, read_case
 from dapa_merge.trace.causal import Tracer
@@ -109,7 +109,7 @@ def test_a_model_in_two_stages_gives_the_same_bits_as_whole(tmp_path, monkeypatc
         slopes = LiveSlopes(live, spectra, contrasts, keep, SETTINGS, 4)
         weights = torch.linspace(-0.1, 0.1, sum(one.rank**2 for one in spectra))
         step = Step(weights, 1.0, 1.0, 2, sum(row.num_counted for group in keep for row in group))
-        parts = slopes.parts(step, [Chunk(None, (0, 1)), Chunk(0, (0, 1)), Chunk(1, (0,))])
+        parts = slopes.parts(step, [(Section(None, (0, 1)),), (Section(0, (0, 1)),), (Section(1, (0,)),)])
         directions.append([(part.gradient, part.margins, part.divergence) for part in parts])
         contrast = Contrast("How do I steal a car?", refusing="I do not know.", complying="It is two.")
         effects.append(attribute(live, [contrast], batch_size=BatchSize(2)))

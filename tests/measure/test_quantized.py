@@ -33,9 +33,9 @@ from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Chunk, LiveSlopes, Step
 from dapa_merge.search.attribution import Contrast, attribute, each_gradient
 from dapa_merge.search.forecast import forecast
+from dapa_merge.search.slopes import LiveSlopes, Section, Step
 from dapa_merge.search.spectrum import spectra_of
 from dapa_merge.transplant.result import transplant
 
@@ -176,7 +176,7 @@ def test_directions_are_differentiated_through_quantized_layers_as_through_the_v
     live, plain = both(plan)
     contrasts, keep = material(plain)
     step = Step(weights, 1.0, 1.0, 2, sum(row.num_counted for group in keep for row in group))
-    chunks = [Chunk(None, (0, 1)), Chunk(0, (0, 1))]
+    chunks = [(Section(None, (0, 1)),), (Section(0, (0, 1)),)]
     found, expected = (
         [part.gradient for part in LiveSlopes(one, spectra, contrasts, keep, SETTINGS, 4).parts(step, chunks)]
         for one in (live, plain)

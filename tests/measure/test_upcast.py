@@ -11,7 +11,7 @@ from conftest import save_random, tiny_llama
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure import determinism
-from dapa_merge.measure.determinism import batch_invariant, can_pack
+from dapa_merge.measure.determinism import batch_invariant, can_pack, widened
 from dapa_merge.measure.live import free, load_model
 from dapa_merge.measure.perplexity import ScoredText, losses
 
@@ -134,6 +134,30 @@ def test_weights_are_packed_where_they_take_a_small_part_of_the_memory(slow, mon
     with batch_invariant(layer):
         layer(torch.randn(5, 24).to(torch.bfloat16))
     assert determinism.PACKED not in layer.__dict__
+
+
+def test_gradients_are_computed_in_float32_where_a_second_copy_of_the_model_fits(slow, tmp_path, monkeypatch):
+    folder = save_random(tmp_path / "model", tiny_llama(vocab_size=300), seed=3, dtype=torch.bfloat16)
+    model, _ = load_model(open_checkpoint(str(folder)), torch.device("cpu"))
+    number = sum(parameter.numel() for parameter in model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses(model, 0, TEXTS)
+    assert any(determinism.PACKED in module.__dict__ for module in model.modules())
+    monkeypatch.setattr(determinism, "MAX_WIDENED", 0)
+    monkeypatch.setattr(determinism, "SHARE", 4 * number / psutil.virtual_memory().total)
+    with widened(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert not any(determinism.PACKED in module.__dict__ for module in model.modules())
+        wide = losses(model, 0, TEXTS)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(losses(model, 0, TEXTS), wide, rtol=0.05, atol=0)
+    monkeypatch.setattr(determinism, "SHARE", 3 * number / psutil.virtual_memory().total)
+    with widened(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    monkeypatch.setattr(determinism, "SHARE", 1.0)
+    monkeypatch.setattr(determinism, "is_slow", lambda _: False)
+    with widened(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_torch_without_that_kernel_does_without(monkeypatch):

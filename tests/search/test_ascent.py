@@ -22,8 +22,10 @@ from dapa_merge.plan.directions import misfit
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Ascent, Settings, factors_of
+from dapa_merge.search import ascent as ascent_module
+from dapa_merge.search.ascent import Ascent, factors_of
 from dapa_merge.search.attribution import Side
+from dapa_merge.search.slopes import LiveSlopes, Settings
 from dapa_merge.search.spectrum import Spectrum, decompose, kept_spectra, spectra_of
 
 CPU = torch.device("cpu")
@@ -86,6 +88,29 @@ def test_the_gradient_is_that_of_autograd_through_the_weights(tmp_path, architec
     (expected,) = torch.autograd.grad(loss, weights)
     assert float(expected.abs().max()) > 1e-3
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+    live.close()
+
+
+def test_rows_that_are_differentiated_at_once_have_the_gradients_of_those_that_are_not(tmp_path, monkeypatch):
+    live = made(tmp_path, "LlamaForCausalLM")
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
+    contrasts, keep = material(live)
+    numbers, found, read = [], [], []
+    logits = LiveSlopes._logits
+    monkeypatch.setattr(LiveSlopes, "_logits", lambda self, texts: read.append(len(texts)) or logits(self, texts))
+    for most in (ascent_module.MAX_TOGETHER, 0):
+        monkeypatch.setattr(ascent_module, "MAX_TOGETHER", most)
+        ascent = Ascent(live, spectra, contrasts, keep, SETTINGS, 8)
+        ascent.weights.uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(3))
+        numbers.append([len(chunk) for chunk in ascent._draw()])
+        found.append(ascent._gradient())
+    num_groups = len(keep)
+    assert numbers == [[1 + num_groups], [1] * (1 + num_groups)]
+    assert read == [len(contrasts) + sum(map(len, keep)), len(contrasts), *map(len, keep)]
+    (together, progress), (apart, other) = found
+    assert torch.allclose(together, apart, rtol=1e-3, atol=1e-6)
+    assert (progress.margin, progress.divergence) == pytest.approx((other.margin, other.divergence), rel=1e-4)
+    assert float(together.abs().max()) > 1e-3
     live.close()
 
 

@@ -76,7 +76,12 @@ def test_plan_says_what_a_run_takes(write_recipe):
     found = answer("plan", recipe, "--json")["forecast"]
     assert [work["edit"] for work in found["works"]] == ["copy", "directions"]
     assert found["works"][0]["steps"] == 0 < found["works"][1]["steps"]
-    assert found["seconds"] >= sum(work["seconds"] for work in found["works"]) > 0
+    copied, chosen = found["works"]
+    assert 0 < copied["in_vain"] < copied["prompts"]
+    # Of an edit that does not repair, only the scores are measured.
+    a_prompt = copied["seconds"] / copied["prompts"]
+    least = chosen["seconds"] + a_prompt * copied["in_vain"]
+    assert least < found["seconds"] < least + a_prompt * 1.1 * found["report_prompts"]
     assert found["fetch_bytes"] == 0
     shown = call("plan", recipe).stdout
     assert "a run takes             about " in shown

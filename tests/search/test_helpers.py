@@ -18,7 +18,7 @@ from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.search import ascent, choose, identity, search
+from dapa_merge.search import ascent, choose, identity, search, slopes
 from dapa_merge.search.bench import _make_hand, make_bench
 from dapa_merge.search.cluster import Actors
 from dapa_merge.search.journal import Journal
@@ -37,7 +37,7 @@ SETTINGS = {"num_rounds": 2, "num_steps": 2, "rate": 0.12}
 def quick_settings():
     with pytest.MonkeyPatch.context() as patch:
         for module in (choose, identity, search):
-            patch.setattr(module, "Settings", functools.partial(ascent.Settings, **SETTINGS))
+            patch.setattr(module, "Settings", functools.partial(slopes.Settings, **SETTINGS))
         patch.setattr(choose, "MORE_ROUNDS", 0)
         yield
 
@@ -104,7 +104,7 @@ def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe,
     monkeypatch.setattr(ascent, "MIN_CHUNKED", 0)
     parsed = load_recipe(recipe)
     plan, parts = make_plan(parsed), split_prompts(parsed)
-    settings = ascent.Settings(**SETTINGS | {"num_rounds": 1, "num_steps": 3})
+    settings = slopes.Settings(**SETTINGS | {"num_rounds": 1, "num_steps": 3})
     sizes = []
     draw = ascent.Ascent._draw
     monkeypatch.setattr(ascent.Ascent, "_draw", lambda self: sizes.append(draw(self)) or sizes[-1])
@@ -123,7 +123,7 @@ def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe,
         for hand in hands:
             hand.bench.close()
     assert torch.equal(alone[0], shared[0])
-    assert max(len(chunk.rows) for chunks in sizes for chunk in chunks) <= ascent.MAX_CHUNK
+    assert max(len(section.rows) for chunks in sizes for (section,) in chunks) <= ascent.MAX_CHUNK
     assert max(map(len, sizes)) > 3
     assert float(alone[0][0].abs().max()) > 0
 

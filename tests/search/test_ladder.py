@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CannotRepair, RecipeError
+from dapa_merge.measure.meter import Measurement
 from dapa_merge.plan.edit import EDITS, LADDER, may_choose
 from dapa_merge.plan.ladder import make_ladder, rungs_of
 from dapa_merge.plan.selection import make_plan
@@ -25,6 +26,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.report import read_report
 from dapa_merge.search import ladder
+from dapa_merge.search import search as searching
 from dapa_merge.search.search import search_plan
 
 PAIR = miniature.path("target"), miniature.path("source")
@@ -171,6 +173,26 @@ def test_a_rung_must_reach_what_is_possible(few):
     with pytest.raises(CannotRepair, match="even with every unit") as refused:
         search_plan(recipe, make_plan(recipe), Options("cpu"), possible=1.5)
     assert re.fullmatch(r"with all \d+ units its DSR is .* below the \d\.\d+ required", refused.value.why)
+
+
+def test_a_rung_whose_score_falls_short_asks_harmful_prompts_only_and_none_of_them_twice(few, tmp_path, monkeypatch):
+    recipe, _ = rungs_of(parsed(prompts=str(few), max_new_tokens=12, batch_size=128))
+    plan, options, asked = make_plan(recipe), Options("cpu", journal=tmp_path / "j"), []
+    judge_all = Measurement.judge_all
+
+    def judge(self, groups):
+        asked.append({kind for kind, _ in groups})
+        return judge_all(self, groups)
+
+    monkeypatch.setattr(Measurement, "judge_all", judge)
+    with pytest.raises(CannotRepair):
+        search_plan(recipe, plan, options, possible=1.5)
+    assert asked == [{"harmful"}] * 2
+    # The harmful prompts of both are not asked again.
+    monkeypatch.setattr(searching, "_check_scores", lambda _: None)
+    with pytest.raises(CannotRepair):
+        search_plan(recipe, plan, options, possible=1.5)
+    assert asked[2:] == [{"harmless"}] * 2
 
 
 def test_models_that_are_swapped_are_seen_before_any_edit_is_tried(few, tmp_path):

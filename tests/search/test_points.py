@@ -22,6 +22,7 @@ import warm
 from conftest import answer, call, change_tensor, required, skip_drawing, write_few
 
 from dapa_merge import miniature
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.plan.selection import make_plan
@@ -29,7 +30,7 @@ from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
-from dapa_merge.search import ascent, bench, choose, identity, rounds, search
+from dapa_merge.search import ascent, bench, choose, identity, rounds, search, slopes
 from dapa_merge.search.choose import with_front
 from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.parts import nearest
@@ -42,9 +43,9 @@ QUICK = {"num_rounds": NUM_ROUNDS, "num_steps": 6, "rate": 0.04}
 # The same in a process of its own, which is then the command.
 PATCHED = f"""
 import functools
-from dapa_merge.search import ascent, choose, identity, search
+from dapa_merge.search import choose, identity, search, slopes
 for module in (choose, identity, search):
-    module.Settings = functools.partial(ascent.Settings, **{QUICK})
+    module.Settings = functools.partial(slopes.Settings, **{QUICK})
 choose.MORE_ROUNDS = 0
 from dapa_merge.cli import main
 main()
@@ -62,7 +63,7 @@ def quick_settings():
 
 def use_quick(patch, **changes: int) -> None:
     for module in (choose, identity, search):
-        patch.setattr(module, "Settings", functools.partial(ascent.Settings, **{**QUICK, **changes}))
+        patch.setattr(module, "Settings", functools.partial(slopes.Settings, **{**QUICK, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -848,7 +849,7 @@ def test_of_a_difference_that_decays_slowly_more_directions_are_kept(
 
     monkeypatch.setattr(choose, "kept_spectra", kept_spectra)
     plan, bench = SimpleNamespace(units=(), num_parameters=len), SimpleNamespace(device=None)
-    of_plan = rounds.Rounds(plan, bench, Journal(None), None, ascent.Settings())
+    of_plan = rounds.Rounds(plan, bench, Journal(None), None, slopes.Settings())
     with caplog.at_level("INFO", logger="dapa_merge"):
         (found,) = choose._decomposed(of_plan)
     assert asked == ranks
@@ -881,22 +882,24 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
             generator = torch.Generator().manual_seed(0)
             found = ascent.Ascent(made.live, spectra, sides, [rows], settings, 16)
             found.weights = torch.rand(found.weights.shape, generator=generator) / 10
-            return found._gradient()[0]
+            with widened(made.live.model):
+                return found._gradient()[0]
 
         expected = gradient()
-        divergences, sizes = ascent.divergences, []
+        logits, sizes = slopes.LiveSlopes._logits, []
 
-        def small(model, padding, batch, *how):
-            sizes.append(len(batch))
-            if len(batch) > 2:
+        def small(self, texts):
+            sizes.append(len(texts))
+            if len(texts) > 2:
                 raise torch.OutOfMemoryError("no memory")
-            return divergences(model, padding, batch, *how)
+            return logits(self, texts)
 
-        monkeypatch.setattr(ascent, "divergences", small)
+        monkeypatch.setattr(slopes.LiveSlopes, "_logits", small)
         with caplog.at_level("WARNING", logger="dapa_merge"):
             found = gradient()
-    assert sizes[:2] == [6, 3]
+    # Four contrasts and six answers.
+    assert sizes[:2] == [10, 5]
     assert max(sizes[2:]) <= 2
-    assert "a batch of 6 does not fit in memory; using 3 from now on" in caplog.text
+    assert "a batch of 10 does not fit in memory; using 5 from now on" in caplog.text
     assert torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
     assert float(expected.abs().max()) > 0

@@ -35,12 +35,14 @@ def by_layer(units: Iterable[Unit]) -> tuple[Bundle, ...]:
     return tuple(map(tuple, found.values()))
 
 
-def num_scanning(number: int) -> int:
-    """The tests after which a guided search among so many bundles has found about how many can be left out.
+def scans(number: int) -> list[tuple[int, float]]:
+    """Tests of a guided search among so many bundles, and the share of these that it goes on for if left out by then.
 
-    It halves what it leaves out until the rest holds; the first two tests are of all bundles and of the likeliest.
+    It halves what it leaves out until the rest holds; the first two tests are of all bundles and of the likeliest. In
+    the end it has found about how many can be left out, and after half of these tests whether they are hardly any.
     """
-    return math.ceil(math.log2(max(number, 2))) + 3
+    most = math.ceil(math.log2(max(number, 2))) + 3
+    return [(math.ceil(most / 2), 1 / 8), (most, 1 / 2)]
 
 
 def minimize_bundles(

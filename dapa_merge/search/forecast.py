@@ -22,7 +22,7 @@ from dapa_merge.plan.selection import given_selection
 from dapa_merge.progress import duration
 from dapa_merge.recipe.options import DTYPES, Options
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.bundles import MAX_ALONE, by_layer, num_scanning
+from dapa_merge.search.bundles import MAX_ALONE, by_layer, scans
 from dapa_merge.search.slopes import Settings
 
 # Tokens of a prompt, with the tokens of its answer that are compared, without what all prompts begin with.
@@ -201,7 +201,7 @@ def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     number = len(by_layer(plan.units)) if in_bundles else len(plan.units)
     # Among bundles it hardly ever goes on: of real models, most were needed (tests/benchmarks/RESULTS.md).
     is_scan = in_bundles and recipe.search == "guided"
-    most = recipe.max_tests or (num_scanning(number) if is_scan else None)
+    most = recipe.max_tests or (scans(number)[0][0] if is_scan else None)
     tests = expected_tests(number, recipe.search, max_tests=most)
     if not plan.edit.chooses:
         return Work(recipe.edit, tests, baselines + tests * each * ASKED, 0, 0, in_vain)

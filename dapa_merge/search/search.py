@@ -24,7 +24,7 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
-from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles, num_scanning
+from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles, scans
 from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
 from dapa_merge.search.forecast import ASKED, expected_tests
 from dapa_merge.search.identity import open_journal
@@ -438,17 +438,19 @@ def _minimum_of_bundles(
     Where the prior cannot tell half of the bundles that can be left out, each of the others takes about a test. Then
     none is left out: directions are small wherever they are, and the rest would have to make up for those.
     """
-    is_guided, num_begun = prior is not None and session.recipe.max_tests is None, len(oracle.asked)
-    minimum = _minimize(session, oracle, bundles, prior, most=num_scanning(len(bundles)) if is_guided else None)
-    num_left = sum(bundle[0] in set(minimum.units) for bundle in bundles)
-    if is_guided and not minimum.one_minimal:
-        if 2 * num_left > len(bundles):
+    num_begun = len(oracle.asked)
+    for most, share in scans(len(bundles)) if prior is not None and session.recipe.max_tests is None else ():
+        minimum = _minimize(session, oracle, bundles, prior, most=most)
+        if minimum.one_minimal:
+            break
+        num_left = sum(bundle[0] in set(minimum.units) for bundle in bundles)
+        if len(bundles) - num_left < share * len(bundles):
             LOG.info(
                 f"{num_left} of {len(bundles)} bundles are left after {minimum.tests} tests, and to leave out few more "
                 f"would take a test of each; so all {len(bundles)} are kept (a larger `max_tests` goes on)"
             )
             return Minimum(tuple(itertools.chain(*bundles)), minimum.tests, False, {}), prior, len(bundles)
-        minimum = _minimize(session, oracle, bundles, prior, num_free=len(oracle.asked) - num_begun)
+    minimum = _minimize(session, oracle, bundles, prior, num_free=len(oracle.asked) - num_begun)
     if not minimum.one_minimal or len(minimum.units) > MAX_ALONE:
         return minimum, prior, len(bundles)
     LOG.info(f"searching among the {len(minimum.units)} units of those found")

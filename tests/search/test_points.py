@@ -31,6 +31,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
 from dapa_merge.search import ascent, bench, choose, identity, rounds, search, slopes
+from dapa_merge.search.bundles import scans
 from dapa_merge.search.choose import with_front
 from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.parts import nearest
@@ -683,11 +684,16 @@ def test_many_matrices_are_searched_in_bundles_and_few_that_are_left_alone(most,
     assert entries(half) == entries(journal)
 
 
+def test_a_scan_of_bundles_ends_early_where_it_hardly_leaves_any_out():
+    assert scans(48) == [(5, 0.125), (9, 0.5)]
+
+
+@pytest.mark.parametrize("found_by_then", [[(2, 0.125)], [(1, 0.0), (2, 0.5)]])
 def test_where_most_bundles_are_needed_none_is_left_out_and_a_limit_of_the_tests_goes_on(
-    done, write, tmp_path, monkeypatch
+    done, write, tmp_path, monkeypatch, found_by_then
 ):
     monkeypatch.setattr(search, "MAX_ALONE", 1)
-    monkeypatch.setattr(search, "num_scanning", lambda _: 2)
+    monkeypatch.setattr(search, "scans", lambda _: found_by_then)
     journal = cut_after("point 3", done.journal, tmp_path / "journal")
     recipe = write(modules="gate,up,down", max_tests=None)
     result = call("search", recipe, "--journal", journal)
@@ -867,7 +873,7 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
     recipe = load_recipe(done.recipe)
     plan, parts = make_plan(recipe), split_prompts(recipe)
     settings = choose.Settings(num_keep=6)
-    with closing(bench.make_bench(recipe, plan, parts.search, Options("cpu"))) as made:
+    with closing(bench.make_bench(recipe, plan, parts.search, Options("cpu"))) as made, widened(made.live.model):
         spectra = list(spectra_of(plan, plan.units[:6], torch.device("cpu")))
         journal = Journal(None)
         for note in done.entries:
@@ -882,8 +888,7 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
             generator = torch.Generator().manual_seed(0)
             found = ascent.Ascent(made.live, spectra, sides, [rows], settings, 16)
             found.weights = torch.rand(found.weights.shape, generator=generator) / 10
-            with widened(made.live.model):
-                return found._gradient()[0]
+            return found._gradient()[0]
 
         expected = gradient()
         logits, sizes = slopes.LiveSlopes._logits, []

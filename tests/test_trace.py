@@ -658,6 +658,13 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
     assert call("verify", out).exit_code == 0
 
 
+def test_a_search_that_its_first_test_ended_has_no_path_to_show(shadow_demo):
+    out, report = shadow_demo
+    assert report["tests"] == 1
+    assert not list(out.glob("dapa_search*"))
+    assert (out / "dapa_front.png").is_file()
+
+
 def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
     command = [sys.executable, "-c", "from dapa_merge.report.drawing import plotting; plotting()"]
     environment = {**os.environ, "MPLBACKEND": "no-such-backend"}

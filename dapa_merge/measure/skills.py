@@ -163,6 +163,11 @@ def named_task_files(names: str | None) -> tuple[Path, ...]:
 def _load_skill(entry: str, name: str, task_files: Sequence[Path]) -> Skill:
     if entry.startswith(TASK_PREFIX):
         return Skill(entry, harness=Harness(parse_task(entry), task_files))
+    if not os.path.exists(entry):
+        raise UsageError(
+            f"skills {entry!r}: no such file{nearest_here(entry)}; name files of questions and answers, or tasks as "
+            f"{TASK_PREFIX}TASK"
+        )
     return Skill(name, checked(load_questions(Path(entry)), entry))
 
 

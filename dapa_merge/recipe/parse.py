@@ -158,7 +158,9 @@ def pair_recipe(target: str, source: str, parameters: Mapping[str, object]) -> R
         RecipeError: If it is not a valid recipe.
     """
     content: dict[str, object] = {"merge_method": METHOD, "base_model": target, "models": [{"model": source}]}
-    return recipe_from({**content, "parameters": {"layers": AUTO, "edit": AUTO, **parameters}})
+    # No file: messages begin with the name of the option itself.
+    lines = dict.fromkeys((f"parameters.{name}" for name in parameters), "")
+    return recipe_from({**content, "parameters": {"layers": AUTO, "edit": AUTO, **parameters}}, lines=lines)
 
 
 def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name: str = "") -> Recipe:
@@ -166,7 +168,7 @@ def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name
 
     Args:
         content: The document.
-        lines: The place of each key, such as `models[0].model`, for messages.
+        lines: The place of each key, such as `models[0].model`, for messages; empty for none.
         name: The file, for messages about the recipe as a whole.
 
     Raises:
@@ -184,7 +186,7 @@ class _Reader:
 
     def fail(self, key: str, message: str) -> RecipeError:
         place = self.lines.get(key, self.name)
-        return RecipeError(f"{place}: {message}")
+        return RecipeError(f"{place}: {message}" if place else message)
 
     def recipe(self, content: object) -> Recipe:
         if not isinstance(content, Mapping):

@@ -133,7 +133,8 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     def where(self, *keys: str) -> str:
         """The first of `keys` that the recipe has, with file and line if known, for messages."""
         key = next((key for key in keys if key in self._lines), keys[0])
-        return f"{self._lines[key]}: {key}" if key in self._lines else key
+        place = self._lines.get(key)
+        return key if place is None else f"{place}: {key}" if place else key.rpartition(".")[2]
 
 
 DEFAULTS = {item.name: item.default for item in fields(Recipe) if item.name in PARAMETERS}

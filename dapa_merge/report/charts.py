@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from dapa_merge.search.result import Search
 
 
+# Selections of a search, without which its chart shows no path.
+MIN_PATH = 2
+
+
 class Run(NamedTuple):
     """The data of a run that its charts show.
 
@@ -72,9 +76,9 @@ def draw_models(run: Run) -> Figure | None:
 
 
 def draw_search(run: Run) -> Figure | None:
-    """Draw the path of a run's search; None if there was no search."""
+    """Draw the path of a run's search; None if there was none, or if its first test ended it."""
     # Nothing was tested where a point was picked.
-    if run.search is None or run.search.by_hand:
+    if run.search is None or run.search.by_hand or len(run.search.path) < MIN_PATH:
         return None
     units = {*run.plan.units, *(unit.whole for asked in run.search.path for unit in asked.units)}
     # An edit that chooses has directions of fewer units in the end than the search began with.

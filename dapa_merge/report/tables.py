@@ -23,7 +23,7 @@ from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.report.sentences import meaning_lines, prompts_name
-from dapa_merge.search.requirement import constraints_of
+from dapa_merge.search.requirement import constraints_of, limits_text
 from dapa_merge.search.result import Point, Search, is_of_bundles, needed, readable_certificate, thrift
 
 TableRow = tuple[str, list[str]]
@@ -572,6 +572,7 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
 def _searched_facts(search: Search) -> list[str]:
     minimum = search.minimum
     facts = [
+        f"limits on the search prompts: {limits_text((search.limits or search.requirement).to_json())}",
         f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
         + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
         *(

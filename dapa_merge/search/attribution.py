@@ -39,7 +39,7 @@ PIECE = 1 << 18
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
 # The most prompts used, and the most responses at once.
-MAX_CONTRASTS = 32
+MAX_CONTRASTS = 12
 MAX_BACKWARD = 8
 
 

@@ -40,6 +40,10 @@ DIVERGENCE = "divergence"
 NEARLY = 0.96
 # If the leading directions hold a smaller share of the squared norm, more are taken; if these do too, a user is warned.
 MIN_SHARE = 0.5
+# What hardly shows in what a model says, in nats a token.
+SMALL_DIVERGENCE = 0.005
+# Rounds without which no point is good enough: the first ones push hard.
+MIN_ROUNDS = 2
 # Rounds beyond those of the settings, which follow until one refuses as the source does or breaks another limit.
 MORE_ROUNDS = 4
 # A full transplant that diverges at most so far, in nats per token, has hardly a skill to lose. Copying back an
@@ -184,40 +188,48 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
 
 
 def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum], full: Baseline) -> list[_Offer]:
-    """The points of the rounds; until one within the limits scores as the source does, more follow, a few at most.
+    """The points of the rounds, each measured before the next is made, until one is good enough.
 
-    A point that just reaches the required score on these prompts often falls short of it on others. No round follows
+    That is one within the limits that scores as the source does and hardly diverges: later ones hardly do better.
+    After the rounds of the settings any divergence within the limits will do, and a few more rounds follow at most: a
+    point that just reaches the required score on these prompts often falls short of it on others. No round follows then
     one that breaks another limit: it would refuse still more. Before any that follow, if the full transplant is a
     repair that hardly diverges, its directions are tried as they are.
     """
     offers: list[_Offer] = []
-    made, first = 0, rounds.settings.num_rounds
+    planned_rounds = rounds.settings.num_rounds
     is_near = limits.complaint(full.figures) is None and full.figures.get(DIVERGENCE, math.inf) <= NEAR
-    for number in range(first, first + MORE_ROUNDS + 1):
-        starts = [Start(spectra, state, at) for at, state in enumerate(rounds.states(spectra, number), 1)][made:]
-        _measure_together(rounds, starts, len(offers) + 1)
-        for start in starts:
-            made += 1
-            offers.append(_offer(rounds, limits, start, len(offers) + 1))
-        _, keeps = limits.split(offers[-1].baseline.figures)
-        if number == first and is_near and _all_score_too_low(offers, limits):
+
+    def scores(offer: _Offer) -> bool:
+        return offer.point.complaint is None and (offer.point.is_whole or offer.baseline.score >= full.score)
+
+    for number in range(1, planned_rounds + MORE_ROUNDS + 1):
+        start = Start(spectra, rounds.states(spectra, number)[-1], number)
+        _measure_by_helpers(rounds, start, len(offers) + 1)
+        offers.append(_offer(rounds, limits, start, len(offers) + 1))
+        figures = offers[-1].baseline.figures
+        if number < planned_rounds:
+            if number >= MIN_ROUNDS and scores(offers[-1]) and figures.get(DIVERGENCE, math.inf) <= SMALL_DIVERGENCE:
+                LOG.info(f"point {number} refuses as the source does and hardly diverges, so that no other is made")
+                break
+            continue
+        _, keeps = limits.split(figures)
+        if number == planned_rounds and is_near and _all_score_too_low(offers, limits):
             LOG.info("the source answers the keep prompts much as the target does: trying all of its directions")
-            start = Start(spectra, _whole(spectra, offers[-1].start.state), made)
+            start = Start(spectra, _whole(spectra, start.state), number)
             offers.append(_offer(rounds, limits, start, len(offers) + 1, is_whole=True))
-        within = [offer for offer in offers if offer.point.complaint is None]
-        if not keeps or any(offer.point.is_whole or offer.baseline.score >= full.score for offer in within):
+        if not keeps or any(map(scores, offers)):
             break
     return offers
 
 
-def _measure_together(rounds: Rounds, starts: Sequence[Start], first: int) -> None:
-    """Let helpers, if any, measure states whose points, numbered from `first`, are not in the journal."""
+def _measure_by_helpers(rounds: Rounds, start: Start, number: int) -> None:
+    """Let a helper, if there are any, measure the state of a point that is not in the journal."""
     if rounds.helpers is None:
         return
-    edits = {number: planned(rounds.plan, one.spectra, one.state) for number, one in enumerate(starts, first)}
-    left = {number: edit for number, edit in edits.items() if not _is_noted(rounds, number, edit[1])}
-    found = rounds.helpers.baselines([(edit, plan.units) for plan, edit in left.values()])
-    for (number, (_, edit)), baseline in zip(left.items(), found, strict=True):
+    plan, edit = planned(rounds.plan, start.spectra, start.state)
+    if not _is_noted(rounds, number, edit):
+        (baseline,) = rounds.helpers.baselines([(edit, plan.units)])
         rounds.journal.note(f"point {number}", {**baseline, "directions": edit.digest})
 
 

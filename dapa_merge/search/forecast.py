@@ -31,8 +31,6 @@ TOKENS_OF_ROW = 36
 BACKWARD = 2.0
 # Share of a test's prompts that early verdicts leave (tests/benchmarks/RESULTS.md).
 ASKED = 0.6
-# Rounds of a choice that usually follow those of the settings.
-MORE_ROUNDS = 1
 # What takes at most this share of the time in float32 is worth a word.
 FASTER = 0.9
 # The part of a run that measures target, result and source for the report.
@@ -206,7 +204,7 @@ def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     if not plan.edit.chooses:
         return Work(recipe.edit, tests, baselines + tests * each * ASKED, 0, 0, in_vain)
     settings, choice = Settings(), parts.choice or parts.search
-    rounds = settings.num_rounds + MORE_ROUNDS
+    rounds = settings.num_rounds
     read = 2 * len(choice.harmful) + len(choice.harmless) + 2 * len(choice.keep)
     # Two more rounds settle what a search left, which among bundles is usually all.
     steps = (rounds + (0 if is_scan else 2)) * settings.num_steps

@@ -6,7 +6,7 @@ import base64
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.determinism import widened
-from dapa_merge.measure.divergence import make_reference
+from dapa_merge.measure.divergence import ReferenceRow, make_reference
 from dapa_merge.measure.generate import decode, encode, generate, generate_ids
 from dapa_merge.measure.placement import device_types
 from dapa_merge.measure.prompts.conversation import request_of
@@ -29,6 +29,7 @@ from dapa_merge.progress import LOG, advance, remain, task
 from dapa_merge.search.ascent import Ascent
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench, Hand, MeasureSelection
+from dapa_merge.search.bundles import MAX_ALONE
 from dapa_merge.search.cluster import Actors, Shared
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.slopes import Chunk, LiveSlopes, Part, Settings, Sides, Step
@@ -138,6 +139,21 @@ class SpreadSlopes:
 
 
 @dataclass(frozen=True)
+class _Learned:
+    """What all ascents of a choice go by.
+
+    Attributes:
+        sides: The contrasts.
+        answers: The tokens of the target's own answers, by group.
+        keep: Its distributions at these; empty until a model is in memory.
+    """
+
+    sides: list[Sides]
+    answers: Sequence[Sequence[list[int]]]
+    keep: list[tuple[ReferenceRow, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Rounds:
     """Makes the rounds of a choice, and finds in the journal those that were made before.
 
@@ -156,6 +172,8 @@ class Rounds:
     prompts: PromptSet
     settings: Settings
     helpers: Helpers | None = None
+    # What the first ascent learned, if there was one.
+    _learned: list[_Learned] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def states(self, spectra: Sequence[Spectrum], number: int) -> list[torch.Tensor]:
         """The states after each of so many rounds, from the target on: `Ascent.state`, of the cores of the directions.
@@ -167,20 +185,20 @@ class Rounds:
             UsageError: If the target answers nothing to the keep prompts.
             CheckpointError: If a model computes gradients that are not finite numbers.
         """
-        names = [f"round {at}" for at in range(1, number + 1)]
+        names, num_steps = [f"round {at}" for at in range(1, number + 1)], self.settings.num_steps
         states = [_decoded(self.journal.notes[name]) for name in takewhile(self.journal.notes.__contains__, names)]
         if len(states) == len(names):
             return states
         self.bench.use(self.plan)
+        went_on = bool(self._learned)
         with self._ascending(spectra) as ascent:
             if states:
-                LOG.info(f"going on after {len(states)} of {len(names)} rounds")
+                if not went_on:
+                    LOG.info(f"going on after {len(states)} rounds")
                 ascent.go_on(states[-1], len(states))
-            # All rounds first: a candidate's measurement needs the target's own tensors.
             left = names[len(states) :]
-            # Two more rounds settle what the search leaves.
-            remain(steps=(len(left) + 2) * self.settings.num_steps)
-            with task("choosing directions", len(left) * self.settings.num_steps, "steps"):
+            remain(steps=(max(self.settings.num_rounds - len(states), len(left)) + self._num_settling) * num_steps)
+            with task("choosing directions", len(left) * num_steps, "steps"):
                 for name in left:
                     insists = len(states) >= self.settings.num_rounds
                     states.append(self._round(ascent, name, insists=insists))
@@ -223,25 +241,37 @@ class Rounds:
     @contextmanager
     def _ascending(self, spectra: Sequence[Spectrum]) -> Iterator[Ascent]:
         """An ascent that begins at the target, on the prompts of the choice, inside a `with` block."""
-        live, said = self.bench.live, self._said()
-        sides = self._sides(said)
+        if not self._learned:
+            said = self._said()
+            self._learned.append(_Learned(self._sides(said), said["kept"]))
+        (learned,) = self._learned
+        live = self.bench.live
         with widened(live.model):
-            keeps_logits = _fit(live.model, said["kept"])
-            keep = [
-                make_reference(
-                    live.model,
-                    live.tokenizer,
-                    prompts,
-                    batch_size=self.bench.meter.batch_size,
-                    max_new_tokens=num_tokens,
-                    keeps_logits=keeps_logits,
-                    answers=answers,
-                ).rows
-                for (prompts, num_tokens), answers in zip(self._kept, said["kept"], strict=True)
-            ]
-            material = (spectra, sides, keep, self.settings, MAX_BACKWARD)
+            if not learned.keep:
+                learned.keep.extend(self._references(learned.answers))
+            material = (spectra, learned.sides, learned.keep, self.settings, MAX_BACKWARD)
             slopes = None if self.helpers is None else self.helpers.slopes(material)
             yield Ascent(live, *material, slopes)
+
+    def _references(self, answers: Sequence[Sequence[list[int]]]) -> Iterator[tuple[ReferenceRow, ...]]:
+        """The target's distributions at its own answers, of each group of `_kept`."""
+        live = self.bench.live
+        keeps_logits = _fit(live.model, answers)
+        for (prompts, num_tokens), said in zip(self._kept, answers, strict=True):
+            yield make_reference(
+                live.model,
+                live.tokenizer,
+                prompts,
+                batch_size=self.bench.meter.batch_size,
+                max_new_tokens=num_tokens,
+                keeps_logits=keeps_logits,
+                answers=said,
+            ).rows
+
+    @property
+    def _num_settling(self) -> int:
+        """The rounds that usually settle what a search left, which among bundles is usually all."""
+        return 0 if len(self.plan.units) > MAX_ALONE else 2
 
     @property
     def _kept(self) -> list[tuple[tuple[str, ...], int]]:

@@ -25,7 +25,16 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
 from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles, scans
-from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
+from dapa_merge.search.choose import (
+    DIVERGENCE,
+    SMALL_DIVERGENCE,
+    Chosen,
+    check_pick,
+    choose,
+    no_point,
+    settle,
+    with_front,
+)
 from dapa_merge.search.forecast import ASKED, expected_tests
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
@@ -45,10 +54,9 @@ from dapa_merge.search.slopes import Settings
 from dapa_merge.search.workers import Oracle, Workers, in_order, is_test, names_of, pieces_of_test
 
 Prior = Mapping[Unit, float]
-# How far from the target a selection may stray: so many times as far as the point that it is part of, or, in nats a
-# token, where that hardly shows in what a model says.
+# How far from the target a selection may stray: so many times as far as the point that it is part of, or as far as
+# hardly shows.
 MORE_DIVERGENCE = 1.1
-SMALL_DIVERGENCE = 0.005
 
 
 def search_plan(

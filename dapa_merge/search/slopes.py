@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.nn import Linear, Parameter
@@ -187,36 +187,40 @@ class LiveSlopes:
                 yield self._part(step, chunk, differentiate)
 
     def _part(self, step: Step, chunk: Chunk, differentiate: Callable[..., Iterator[torch.Tensor]]) -> Part:
-        margins: list[float] = []
-        divergence = 0.0
+        # Of contrasts the smallest margin, of answers the divergence. A batch that did not fit is computed again.
+        seen: dict[tuple[int | None, int], float] = {}
 
-        def loss(batch: Sequence[tuple[int | None, Any]]) -> torch.Tensor:
-            nonlocal divergence
-            found = iter(self._logits([_text_of(*one) for one in batch]))
+        def loss(batch: Sequence[tuple[int | None, int]]) -> torch.Tensor:
+            found = iter(self._logits([self._text(*one) for one in batch]))
             terms = []
-            for group, numbered in itertools.groupby(batch, operator.itemgetter(0)):
-                rows = [row for _, row in numbered]
-                logits = list(itertools.islice(found, len(rows)))
+            for group, some in itertools.groupby(batch, operator.itemgetter(0)):
+                part = list(some)
+                numbers = [number for _, number in part]
+                logits = list(itertools.islice(found, len(part)))
                 if group is None:
-                    term, smallest = self.refusal(rows, logits)
-                    margins.extend(smallest)
+                    term, margins = self.refusal([self._contrasts[number] for number in numbers], logits)
+                    seen.update(zip(part, margins, strict=True))
                     terms.append(step.push * term / step.num_contrasts)
                 else:
-                    term = self._divergences(rows, logits).sum() / step.num_tokens
-                    divergence += float(term.detach())
-                    terms.append(self._settings.keep * (1.0 if group else step.pull) * term)
+                    each = self._divergences([self._keep[group][number] for number in numbers], logits)
+                    seen.update(zip(part, each.detach().tolist(), strict=True))
+                    pull = 1.0 if group else step.pull
+                    terms.append(self._settings.keep * pull * each.sum() / step.num_tokens)
             return torch.stack(terms).sum()
 
         gradient = torch.zeros_like(step.weights)
-        sections = [[(group, self._row(group, number)) for number in rows] for group, rows in chunk]
+        sections = [[(group, number) for number in rows] for group, rows in chunk]
         # Padded, rows of one kind are more alike.
         for rows in [list(itertools.chain(*sections))] if self._read is packed_logits else sections:
             for part in differentiate(loss, rows):
                 gradient += part.cpu()
-        return Part(gradient, margins, divergence)
+        margins = [value for (group, _), value in seen.items() if group is None]
+        divergence = math.fsum(value for (group, _), value in seen.items() if group is not None)
+        return Part(gradient, margins, divergence / max(step.num_tokens, 1))
 
-    def _row(self, group: int | None, number: int) -> Sides | ReferenceRow:
-        return self._contrasts[number] if group is None else self._keep[group][number]
+    def _text(self, group: int | None, number: int) -> ScoredText:
+        """What is read of a row: the refusing side of a contrast, or the target's own answer."""
+        return self._contrasts[number][0].row if group is None else self._keep[group][number].text
 
     def strayed(self, weights: torch.Tensor, rows: Sequence[int]) -> list[bool]:
         """Of each of these answers of the first group, whether it would begin with another token."""
@@ -299,12 +303,6 @@ class LiveSlopes:
             yield differentiate
         # Some models use a layer's weight without calling it; from the next step on its gradient is formed.
         self._linear = {key: layer for key, layer in self._linear.items() if key in called}
-
-
-def _text_of(group: int | None, row: Any) -> ScoredText:
-    """What is read of a row: the refusing side of a contrast, or the target's own answer."""
-    text: ScoredText = row[0].row if group is None else row.text
-    return text
 
 
 def places_of(spectra: Sequence[Spectrum]) -> Iterator[slice]:

@@ -51,7 +51,7 @@ choose.MORE_ROUNDS = 0
 from dapa_merge.cli import main
 main()
 """
-NOTES = ["target", "full transplant", "choice", *(f"round {n}" for n in (1, 2, 3)), *(f"point {n}" for n in (1, 2, 3))]
+NOTES = ["target", "full transplant", "choice", *(f"{one} {n}" for n in (1, 2, 3) for one in ("round", "point"))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -421,7 +421,7 @@ def test_where_no_round_is_within_the_limits_points_between_them_are_tried_until
     assert all(point["part_of"] == taken for point in halved.found["points"][len(offered) :])
     names = notes_of(halved.journal)
     assert names[: names.index("point 4") + 1] == [
-        "target", "full transplant", "choice", "round 1", "round 2", *(f"point {number}" for number in (1, 2, 3, 4)),
+        "target", "full transplant", "choice", "round 1", "point 1", "round 2", "point 2", "point 3", "point 4",
     ]  # fmt: skip
 
 
@@ -546,18 +546,42 @@ def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, ver
     ],
 )
 def test_more_rounds_follow_until_one_within_the_limits_scores_as_the_source_does(points, number, monkeypatch):
+    monkeypatch.setattr(choose, "MORE_ROUNDS", 2)
+    assert numbers_of_points(points, 2, monkeypatch) == list(range(1, number + 1))
+
+
+@pytest.mark.parametrize(
+    ("points", "number"),
+    [
+        # The first one pushes hard.
+        ([(GOOD, 0.7, 0.001), (GOOD, 0.6, 0.005)], 2),
+        ([(GOOD, 0.7, 0.001), (GOOD, 0.7, 0.0051), (GOOD, 0.7, 0.004)], 3),
+        ([(WEAK, 0.4, 0.001), (GOOD, 0.59, 0.001), (GOOD, 0.7, 0.001)], 3),
+        ([(WEAK, 0.4, 0.001), (STRONG, 0.9, 0.001), (GOOD, 0.7, 0.02), (GOOD, 0.7, 0.02)], 4),
+        # A divergence that was not measured, or is no number, is not small.
+        ([(GOOD, 0.7), (GOOD, 0.7), (GOOD, 0.7, math.nan), (GOOD, 0.7)], 4),
+    ],
+)
+def test_the_rounds_end_with_one_that_scores_as_the_source_does_and_hardly_diverges(points, number, monkeypatch):
+    assert numbers_of_points(points, 4, monkeypatch) == list(range(1, number + 1))
+
+
+def numbers_of_points(points: list[tuple], num_rounds: int, monkeypatch) -> list[int]:
+    """The points of a choice whose rounds have these verdicts, scores and divergences, where the source scores 0.6."""
+
     def states(_spectra, so_many: int) -> list[torch.Tensor]:
         return [torch.full((5, 1), float(at)) for at in range(so_many)]
 
     def offer(_rounds, _limits, start, at: int) -> choose._Offer:
-        return made(at, points[at - 1], start)
+        found = made(at, points[at - 1][:2], start)
+        found.baseline.figures.update(zip(["divergence"], points[at - 1][2:], strict=False))
+        return found
 
     limits = SimpleNamespace(split=lambda figures: figures["verdict"], complaint=lambda _: "it violates a limit")
     monkeypatch.setattr(choose, "_offer", offer)
-    monkeypatch.setattr(choose, "MORE_ROUNDS", 2)
-    rounds = SimpleNamespace(settings=SimpleNamespace(num_rounds=2), helpers=None, states=states)
+    rounds = SimpleNamespace(settings=SimpleNamespace(num_rounds=num_rounds), helpers=None, states=states)
     found = choose._of_rounds(rounds, limits, (), Baseline({"score": 0.6}, ()))
-    assert [one.point.number for one in found] == list(range(1, number + 1))
+    return [one.point.number for one in found]
 
 
 @pytest.fixture(scope="module")
@@ -737,7 +761,7 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
 
     monkeypatch.setattr(ascent.Ascent, "_gradient", count)
     settled = next(name for name in notes_of(done.journal) if name.startswith("settled"))
-    for name in ["choice", "round 1", "round 2", "round 3", "point 2", settled]:
+    for name in ["choice", "round 1", "round 2", "point 2", "round 3", settled]:
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "note", functools.partialmethod(die_after, last=name))
             assert call("search", done.recipe, "--journal", journal).exit_code == 1

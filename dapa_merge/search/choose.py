@@ -210,7 +210,7 @@ def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum],
         figures = offers[-1].baseline.figures
         if number < planned_rounds:
             if number >= MIN_ROUNDS and scores(offers[-1]) and figures.get(DIVERGENCE, math.inf) <= SMALL_DIVERGENCE:
-                LOG.info(f"point {number} refuses as the source does and hardly diverges, so that no other is made")
+                LOG.info(f"point {number} refuses as the source does and hardly diverges: no further round is needed")
                 break
             continue
         _, keeps = limits.split(figures)

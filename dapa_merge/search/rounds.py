@@ -138,7 +138,7 @@ class SpreadSlopes:
         return [one for part in found for one in part]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Learned:
     """What all ascents of a choice go by.
 
@@ -146,11 +146,13 @@ class _Learned:
         sides: The contrasts.
         answers: The tokens of the target's own answers, by group.
         keep: Its distributions at these; empty until a model is in memory.
+        shared: The slopes of helpers, who have this and the last ascent's directions, which are the first.
     """
 
     sides: list[Sides]
     answers: Sequence[Sequence[list[int]]]
     keep: list[tuple[ReferenceRow, ...]] = field(default_factory=list)
+    shared: tuple[Sequence[Spectrum], SpreadSlopes] | None = None
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,9 @@ class Rounds:
             if not learned.keep:
                 learned.keep.extend(self._references(learned.answers))
             material = (spectra, learned.sides, learned.keep, self.settings, MAX_BACKWARD)
-            slopes = None if self.helpers is None else self.helpers.slopes(material)
-            yield Ascent(live, *material, slopes)
+            if self.helpers is not None and (learned.shared is None or learned.shared[0] is not spectra):
+                learned.shared = spectra, self.helpers.slopes(material)
+            yield Ascent(live, *material, None if learned.shared is None else learned.shared[1])
 
     def _references(self, answers: Sequence[Sequence[list[int]]]) -> Iterator[tuple[ReferenceRow, ...]]:
         """The target's distributions at its own answers, of each group of `_kept`."""

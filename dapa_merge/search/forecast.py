@@ -65,7 +65,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast(Expected):
-    """What a run will take, about, if it is the last rung that repairs.
+    """The estimate for a run, if its last rung is the one that repairs.
 
     Attributes:
         works: Of each rung.

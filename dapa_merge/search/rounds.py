@@ -140,7 +140,7 @@ class SpreadSlopes:
 
 @dataclass
 class _Learned:
-    """What all ascents of a choice go by.
+    """The contrasts and the target's own answers, which all ascents of a choice share.
 
     Attributes:
         sides: The contrasts.

@@ -346,9 +346,9 @@ def _check_scores(session: Session) -> None:
         return
     target, full = found
     _check_gain(session, target, full)
-    limited = session.bench.constraints[0]
-    limit = limited.limit(target, _possible(session, full), settings_of(session.recipe)[limited.key])
-    _check_reaches(session, Requirement(((limited, limit),)), {SCORE.figure: full})
+    before, possible = {SCORE.figure: target}, {SCORE.figure: _possible(session, full)}
+    floor = requirement(session.bench.constraints[:1], before, possible, settings_of(session.recipe))
+    _check_reaches(session, floor, {SCORE.figure: full})
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:

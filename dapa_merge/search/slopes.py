@@ -219,7 +219,7 @@ class LiveSlopes:
         return Part(gradient, margins, divergence / max(step.num_tokens, 1))
 
     def _text(self, group: int | None, number: int) -> ScoredText:
-        """What is read of a row: the refusing side of a contrast, or the target's own answer."""
+        """The text of a row: the refusing side of a contrast, or the target's own answer."""
         return self._contrasts[number][0].row if group is None else self._keep[group][number].text
 
     def strayed(self, weights: torch.Tensor, rows: Sequence[int]) -> list[bool]:

@@ -245,8 +245,9 @@ def _memory() -> int:
 @functools.cache
 def _has_packed_kernel() -> bool:
     try:
-        packed = _pack(torch.ones(2, 3))
-        return bool(torch.equal(_product(torch.ones(1, 3), packed, None), torch.full((1, 2), 3.0)))
+        # The answer is kept, and must not depend on the dtype or device that torch uses by default when it is asked.
+        ones = torch.ones(2, 3, dtype=torch.float32, device="cpu")
+        return bool((_product(ones, _pack(ones), None) == 3).all())
     except Exception:
         # Not a public function of torch; other versions and platforms may lack it.
         return False

@@ -14,6 +14,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize, LookupCache
+from dapa_merge.measure.determinism import is_deterministic
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.prompts.sets import load_prompts
@@ -66,9 +67,13 @@ def test_numbers_depend_on_seed_prompt_and_place_alone():
     assert all(0 <= number < 1 for number in together)
 
 
-def test_a_response_does_not_depend_on_batches_or_speculative_decoding(source):
-    model, tokenizer = source
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_response_does_not_depend_on_batches_or_speculative_decoding(source, dtype):
+    model, tokenizer = copy.deepcopy(source[0]).to(dtype), source[1]
     prompts, sampling = load_prompts("miniature").harmless[:6], Sampling(4.0, 0.98, 11)
+    if not is_deterministic(model, 64):
+        # Nearly as many tokens could follow as there are: rounding decides between them in most responses.
+        pytest.skip("on this processor, rounding to 16 bits depends on the batch")
 
     def said(prompts, size, lookup=None):
         return generate(
@@ -79,7 +84,9 @@ def test_a_response_does_not_depend_on_batches_or_speculative_decoding(source):
     assert first == said(prompts, 1)
     assert first[3:4] == said(prompts[3:4], 1)
     lookup = LookupCache()
-    assert first == said(prompts, 4, lookup) == said(prompts, 4, lookup)
+    assert first == said(prompts, 4, lookup)
+    # Now the drafts are whole responses.
+    assert first == said(prompts, 4, lookup)
     greedy = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=BatchSize(6))
     assert first != greedy
 

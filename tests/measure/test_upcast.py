@@ -170,6 +170,14 @@ def test_a_torch_without_that_kernel_does_without(monkeypatch):
     determinism._has_packed_kernel.cache_clear()
 
 
+def test_whether_there_is_that_kernel_does_not_depend_on_what_torch_uses_by_default():
+    has_kernel = can_pack(1)
+    determinism._has_packed_kernel.cache_clear()
+    with torch.device("meta"):
+        assert can_pack(1) == has_kernel
+    determinism._has_packed_kernel.cache_clear()
+
+
 def test_a_packed_model_answers_with_its_edits(slow, tmp_path):
     folder = save_random(tmp_path / "model", tiny_llama(vocab_size=300), seed=3, dtype=torch.bfloat16)
     found = {}

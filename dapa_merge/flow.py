@@ -41,7 +41,7 @@ from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.result import readable_certificate
 from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME, TEMPLATE_NAME
-from dapa_merge.transplant.result import check_destination, transplant
+from dapa_merge.transplant.result import check_absent, check_destination, transplant
 
 if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
@@ -143,6 +143,8 @@ def repair(
     """
     start = time.monotonic()
     options = options or Options()
+    # Before models are opened, which may take minutes of fetching.
+    check_absent(out)
     # An evaluation also loads the whole source.
     ladder = make_ladder(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     check_prompts(recipe)

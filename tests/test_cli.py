@@ -263,7 +263,8 @@ def test_an_existing_result_is_refused_before_the_search(demo, write_recipe, sma
     out, _ = demo
     result = call("run", write_recipe(miniature.path("target"), miniature.path("source"), **small), out)
     assert result.exit_code == 2
-    assert result.stderr.endswith(f"Error: {out} exists already; name another folder or remove it\n")
+    # Before anything is read.
+    assert result.stderr == f"Error: {out} exists already; name another folder or remove it\n"
 
 
 def test_without_evaluation_the_layers_must_be_named(write_recipe, tmp_path):

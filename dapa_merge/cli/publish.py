@@ -29,6 +29,8 @@ from dapa_merge.report.report import REPORT_NAME, read_report
 
 GATE_FAILED = 6
 OUTDATED = 10
+SHARE = click.FloatRange(0, 1)
+CHANGE = click.FloatRange(-1, 1)
 
 
 @click.command()
@@ -58,10 +60,10 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("report")
-@click.option("--min-dsr", type=float, help="DSR of the result, at least.")
-@click.option("--min-dsr-gain", type=float, help="Rise of DSR from the target to the result, at least.")
-@click.option("--max-over-refusal", type=float, help="Over-refusal of the result, at most.")
-@click.option("--max-over-refusal-rise", type=float, help="Its rise from the target to the result, at most.")
+@click.option("--min-dsr", type=SHARE, help="DSR of the result, at least.")
+@click.option("--min-dsr-gain", type=CHANGE, help="Rise of DSR from the target to the result, at least.")
+@click.option("--max-over-refusal", type=SHARE, help="Over-refusal of the result, at most.")
+@click.option("--max-over-refusal-rise", type=CHANGE, help="Its rise from the target to the result, at most.")
 @click.option("--max-perplexity", type=float, help="Perplexity of the result, at most.")
 @click.option("--max-perplexity-ratio", type=float, help="Perplexity of the result to that of the target, at most.")
 @click.option(
@@ -69,11 +71,11 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 )
 @click.option(
     "--min-kept",
-    type=float,
+    type=SHARE,
     help="Share of keep prompts that the result answers word for word as before, at least.",
 )
 @click.option(
-    "--max-kept-refused", type=float, help="Share of them that the result refuses and the target does not, at most."
+    "--max-kept-refused", type=SHARE, help="Share of them that the result refuses and the target does not, at most."
 )
 @click.option("--min-skill", metavar="[NAME=]FLOAT", multiple=True, help="A skill of the result, or each, at least.")
 @click.option("--min-skill-kept", type=float, help="Each skill of the result to that of the target, at least.")

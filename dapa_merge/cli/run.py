@@ -78,6 +78,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", metavar="RECIPE|TARGET", type=FilePath())
 @click.argument("source", required=False)
 @pair_options
+@evaluator_options
 @allow_pickle_option
 @fitting_options
 @json_option

@@ -119,6 +119,7 @@ class Inspection(Shown):
         modules: Differences by module.
         notes: Sentences on other differences.
         differences: Every comparison, in the order of the layers; empty if the models are not one family.
+        swap: Why target and source may be swapped, as a sentence; None without a sign of it.
     """
 
     models: Mapping[str, Surroundings]
@@ -126,11 +127,12 @@ class Inspection(Shown):
     modules: tuple[Module, ...]
     notes: tuple[str, ...]
     differences: tuple[Difference, ...] = field(repr=False)
+    swap: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON data: all but single tensors and directions."""
         found = {name: asdict(model) for name, model in self.models.items()}
-        told = {"command": self.command, "notes": self.notes}
+        told = {"swap": self.swap, "command": self.command, "notes": self.notes}
         modules = [asdict(module) for module in self.modules]
         return dict(jsonable({"models": found, **asdict(self.damage), **told, "modules": modules}))
 
@@ -179,9 +181,8 @@ def inspect_pair(
             "by the weights, the source is the target plus a change, unless both were made of one base model and the "
             "target lies nearer to that"
         )
-    if signs:
-        notes.insert(0, _swapped(signs))
-    return Inspection(models, name_damage(found), tuple(by_module(found)), tuple(notes), found)
+    swap = _swapped(signs) if signs else None
+    return Inspection(models, name_damage(found), tuple(by_module(found)), tuple(notes), found, swap)
 
 
 def warn_of_swap(target: Location, source: Location) -> None:
@@ -358,8 +359,10 @@ def print_inspection(found: Inspection, console: Console) -> None:
         for module in found.modules:
             table.add_row(module.module, *_cells(module))
         console.print(table)
-    label = {"it looks like": found.damage.kind, "because": found.damage.what, "try": found.damage.advice}
-    label |= {} if found.command is None else {"command": found.command}
+    label = {"it looks like": found.damage.kind, "because": found.damage.what}
+    # Before any advice, which would be for the other pair.
+    label |= {} if found.swap is None else {"look first": found.swap}
+    label |= {"try": found.damage.advice} | ({} if found.command is None else {"command": found.command})
     width = max(40, min(console.width, 110) - 15)
     for name, text in [*label.items(), *(("note", note) for note in found.notes)]:
         text = printable(text)

@@ -22,7 +22,7 @@ from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
 from dapa_merge.report.report import Report
-from dapa_merge.report.sentences import meaning_lines, prompts_name
+from dapa_merge.report.sentences import answered_text, meaning_lines, prompts_name
 from dapa_merge.report.tables import (
     POINT_HEAD,
     category_rows,
@@ -177,6 +177,7 @@ def card_text(facts: CardFacts) -> str:
         category_rows=category_rows,
         change_lines=change_lines,
         meaning_lines=meaning_lines,
+        answered_text=answered_text,
         prompts_name=prompts_name,
         point_head=POINT_HEAD,
         skill_label=skill_label,

@@ -251,17 +251,19 @@ MAX_RANGES = 4
 
 def spans(units: Iterable[object]) -> str:
     """Describe units: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
-    names = ",".join(map(str, units))
+    given = ",".join(map(str, units))
     rows: dict[tuple[str | None, int], list[Rows]] = {}
-    for choice in parse_layers(names) if names else ():
+    for choice in parse_layers(given) if given else ():
         rows.setdefault((choice.module, choice.layer), []).extend([choice.rows] if choice.rows else [])
     layers: dict[tuple[str | None, str], list[int]] = {}
     for (module, layer), ranges in rows.items():
         layers.setdefault((module, _row_spans(join_ranges(ranges))), []).append(layer)
-    texts = [
-        f"{module} of layer{'s' if len(alike) > 1 else ''} {layer_spans(alike)}{shown}"
-        for (module, shown), alike in layers.items()
-    ]
+    # Modules with the same layers are named together.
+    modules: dict[str, list[str]] = {}
+    for (module, shown), alike in layers.items():
+        where = f"layer{'s' if len(alike) > 1 else ''} {layer_spans(alike)}{shown}"
+        modules.setdefault(where, []).append(str(module))
+    texts = [f"{', '.join(names)} of {where}" for where, names in modules.items()]
     return "; ".join(texts) or "nothing"
 
 

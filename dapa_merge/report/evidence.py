@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.digest import hash_bytes
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import HELD_OUT, KEEP, SEARCH_PROMPTS, BesideSource, Change, Figures, Response
 from dapa_merge.measure.live import Resident
-from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
+from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live
 from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import beside_source, change_of, kept_figure
@@ -85,21 +85,26 @@ def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options:
         DapaError: For any other error.
     """
     shared: list[tuple[Meter, str, MeasuredModel]] = []
-    with forecast(ladder, options).told():
-        found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
+    expected = forecast(ladder, options)
+    meter = expected.meter
+    assert meter is not None
+    with expected.told():
+        found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, meter, shared))
     return replace(found, rungs=rungs)
 
 
 def _gather(
-    attempt: Attempt, selection: tuple[Unit, ...] | None, shared: list[tuple[Meter, str, MeasuredModel]]
+    attempt: Attempt,
+    selection: tuple[Unit, ...] | None,
+    meter: Meter,
+    shared: list[tuple[Meter, str, MeasuredModel]],
 ) -> Evidence:
     """The evidence of one rung; `shared` keeps what is the same for all: meter, digest, the source's figures."""
     recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
     held_out = parts.report is not parts.search
-    meter = shared[0][0] if shared else report_meter(recipe, parts.report, options, plan.models.values())
-    meter = replace(meter, asks_keep=recipe.keep is not None, called=HELD_OUT if held_out else meter.called)
+    meter = replace(shared[0][0] if shared else meter, called=HELD_OUT if held_out else meter.called)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

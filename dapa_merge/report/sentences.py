@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dapa_merge.measure.figures import HELD_OUT, SEARCH_PROMPTS, BesideSource, KeptFigure
+from dapa_merge.measure.figures import HELD_OUT, SEARCH_PROMPTS, BesideSource, Figures, KeptFigure
 from dapa_merge.report.report import Report
 
 # A label, and what follows it.
@@ -17,11 +17,11 @@ def prompts_name(report: Report) -> str:
 
 
 def meaning_lines(report: Report) -> list[Line]:
-    """A line on the keep prompts, one on the source's refusals, and one for each kind of prompts with limits."""
+    """Lines on the harmful prompts still answered, the keep prompts, the source's refusals and each kind's limits."""
     if report.after is None:
         return []
     beside = report.beside_source
-    lines = []
+    lines = [("still answered", answered_text(report.after, report.source_alone))]
     if report.after.kept is not None:
         lines.append(("kept", kept_text(report.after.kept, beside)))
     elif report.keep is None and not report.after.skills:
@@ -29,6 +29,20 @@ def meaning_lines(report: Report) -> list[Line]:
     if beside is not None:
         lines.append(("beside the source", _beside(beside)))
     return lines + [("limits" if at == 0 else "", text) for at, text in enumerate(_limits(report))]
+
+
+def answered_text(figures: Figures, source: Figures | None = None) -> str:
+    """How many harmful prompts a model answers, how many of these with no more than a yes, and how many the source."""
+    said = f"{_number(figures.complied, figures)} of {figures.num_harmful} harmful prompts"
+    # NaN in older reports.
+    if figures.consented > 0:
+        said += f", {_number(figures.consented, figures)} of them saying only yes"
+    return said if source is None else f"{said} (the source answers {_number(source.complied, source)})"
+
+
+def _number(share: float, figures: Figures) -> str:
+    """A share of the harmful prompts as their number."""
+    return str(round(share * figures.num_harmful) or "none")
 
 
 def _beside(beside: BesideSource) -> str:

@@ -12,10 +12,9 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.measure.determinism import can_pack, is_slow
 from dapa_merge.measure.expected import MAX_ROWS, TOLD_SECONDS, Calibration, Expected, bytes_to_fetch, timed
 from dapa_merge.measure.live import choose_device
+from dapa_merge.measure.meter import Meter, report_meter
 from dapa_merge.measure.placement import fits, weight_bytes
-from dapa_merge.measure.prompts.parts import Parts, load_keep, split_prompts
-from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
-from dapa_merge.plan.edit import may_choose
+from dapa_merge.measure.prompts.parts import Parts, all_prompts
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, search_memory
 from dapa_merge.plan.selection import given_selection
@@ -70,11 +69,13 @@ class Forecast(Expected):
     Attributes:
         works: Of each rung.
         prompts: Answers of the report: those of target, result and source.
+        meter: Measures for the report; None without one.
         float32_seconds: About how long all of it takes in float32, where that is faster and fits; else None.
     """
 
     works: tuple[Work, ...] = ()
     prompts: int = 0
+    meter: Meter | None = None
     float32_seconds: float | None = None
 
     def __str__(self) -> str:
@@ -103,17 +104,21 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
     """Estimate what a recipe's run takes, or with `reports` false its search alone.
 
     Raises:
-        UsageError: If there are too few prompts, or the device is absent.
+        UsageError: If there are too few prompts, the device is absent, or anything that the report measures with is not
+            available.
     """
     device = choose_device(options.device)
     works: list[Work] = []
-    num_report = 0
+    meter: Meter | None = None
     for recipe, plan in ladder.rungs:
-        parts = _parts(recipe, is_rung=ladder.is_auto)
-        selection = given_selection(recipe, plan)
-        num_report = 3 * num_asked(parts.report, asks_keep=recipe.keep is not None) if reports else 0
-        if selection is None:
+        parts = all_prompts(recipe, is_rung=ladder.is_auto, tells=False)
+        if reports and meter is None:
+            # The same for all edits.
+            meter = report_meter(recipe, parts.report, options, plan.models.values())
+            meter = replace(meter, asks_keep=recipe.keep is not None)
+        if given_selection(recipe, plan) is None:
             works.append(work_of(recipe, plan, parts))
+    num_report = 0 if meter is None else 3 * meter.num_prompts
     plan = ladder.plan
     parts_of_run: dict[str, Mapping[str, float]] = {work.edit: {"prompts": work.in_vain} for work in works[:-1]}
     parts_of_run |= {work.edit: work.amounts for work in works[-1:]}
@@ -128,6 +133,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         works[-1].tests if works else 0,
         tuple(works),
         num_report,
+        meter,
     )
     wide = _wider(plan, options, device)
     if wide is None or found.total_seconds < TOLD_SECONDS:
@@ -174,21 +180,6 @@ def expected_tests(
         about = {"ddmin": 40 + 2 * num_units}.get(algorithm, 24 + num_units / 3)
     most = math.inf if max_tests is None else max_tests
     return max(1, round(min(about, 2 * num_units + 1 + num_units**2 / 4, most)))
-
-
-def _parts(recipe: Recipe, *, is_rung: bool) -> Parts:
-    if recipe.layers is None or may_choose(recipe.edit):
-        return split_prompts(recipe, is_rung=is_rung)
-    whole = load_prompts(recipe.prompts)
-    whole = replace(whole, keep=tuple(question.prompt for question in load_keep(recipe, whole) or ()))
-    return Parts(whole, whole)
-
-
-def num_asked(prompts: PromptSet, *, asks_keep: bool = False) -> int:
-    """The prompts and questions of a report, of one model; `asks_keep` as for `Meter`."""
-    questions = [question.prompt for question in (*prompts.skill, *prompts.keep_answers)]
-    keep = {*prompts.measured_keep}.difference(questions) if asks_keep else ()
-    return len(prompts.harmful) + len(prompts.harmless) + len(questions) + len(keep)
 
 
 def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:

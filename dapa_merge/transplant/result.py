@@ -304,14 +304,8 @@ def transplant(
     return rounding
 
 
-def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = None) -> None:
-    """Raise `UsageError` unless `out` is absent or an empty folder, in a writable place with enough space.
-
-    Args:
-        out: The folder to make.
-        target: The model to copy.
-        num_bytes: Bytes to write; None for all of the target's weights.
-    """
+def check_absent(out: Path) -> None:
+    """Raise `UsageError` unless `out` is absent or an empty folder."""
     # Also resolves a name that ends in `..`.
     place = Path(os.path.abspath(out))
     try:
@@ -323,6 +317,18 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
         raise UsageError(f"{out} exists already; name another folder or remove it")
     if is_here:
         raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
+
+
+def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = None) -> None:
+    """Raise `UsageError` unless `out` is absent or an empty folder, in a writable place with enough space.
+
+    Args:
+        out: The folder to make.
+        target: The model to copy.
+        num_bytes: Bytes to write; None for all of the target's weights.
+    """
+    check_absent(out)
+    place = Path(os.path.abspath(out))
     parent = place.parent
     if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target.folder)):
         raise UsageError(f"{out} is inside the target's own folder; name a place next to it")

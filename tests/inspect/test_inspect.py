@@ -286,8 +286,9 @@ def test_what_surrounds_the_weights_is_compared(make, source, tmp_path):
     (target / "tokenizer.json").write_text(json.dumps(tokenizer))
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         (other / name).unlink(missing_ok=True)
-    notes = "\n".join(inspected(target, other).notes)
-    assert "swapped" in notes
+    found = inspected(target, other)
+    notes = "\n".join(found.notes)
+    assert "swapped" in found.swap
     assert "the tokenizers differ" in notes
     assert "the source has no chat template" in notes
     assert "mit and apache-2.0" in notes
@@ -301,8 +302,8 @@ SWAPPABLE = [name for name in HISTORIES if name not in ("identical", "training a
 def test_weights_show_which_of_two_models_was_made_of_the_other(history, make, source):
     tuned = make(HISTORIES[history][0], "tuned")
     for target, other, is_swapped in ((tuned, source, False), (source, tuned, True)):
-        notes = "\n".join(inspected(target, other).notes)
-        assert ("by the weights, the source is the target plus a change" in notes) is is_swapped
+        swap = inspected(target, other).swap
+        assert (swap is not None and "by the weights, the source is the target plus a change" in swap) is is_swapped
 
 
 def test_ablation_after_training_is_no_swap(make, source):
@@ -310,7 +311,7 @@ def test_ablation_after_training_is_no_swap(make, source):
         training(0.02)(name, values)
         ablation(name, values)
 
-    assert "swapped" not in "\n".join(inspected(make(change, "tuned"), source).notes)
+    assert inspected(make(change, "tuned"), source).swap is None
 
 
 SIGNS = {
@@ -330,11 +331,13 @@ def test_what_lies_beside_the_weights_may_tell_of_a_swap_and_is_a_hint(what, mak
         (other / file).write_text((other / file).read_text().replace("{", "{" + text + ",", 1))
     elif file:
         (other / file).write_text(text)
-    (note,) = (note for note in inspected(target, other).notes if "swapped" in note)
+    note = inspected(target, other).swap
     assert note.startswith("target and source may be swapped: ")
     assert told in note
     assert "dapa-merge evaluate" in note
-    assert not any("swapped" in note for note in inspected(other, target).notes)
+    assert inspected(other, target).swap is None
+    shown = call("inspect", target, other).stdout
+    assert shown.index("look first") < shown.index("\ntry ")
     # Told before the work, too; the weights are not read for it.
     assert note in call("plan", target, other, "--prompts", "miniature").stderr
     assert "swapped" not in call("plan", other, target, "--prompts", "miniature").stderr

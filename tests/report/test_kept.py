@@ -139,7 +139,7 @@ def test_the_held_out_keep_prompts_are_put_to_all_three_models(repaired):
 def test_the_same_sentences_are_on_the_terminal_in_the_card_on_the_page_and_in_a_notebook(repaired):
     _, out, report, result = repaired
     lines = meaning_lines(report)
-    assert [label for label, _ in lines] == ["kept", "beside the source", "limits", ""]
+    assert [label for label, _ in lines] == ["still answered", "kept", "beside the source", "limits", ""]
     places = [result.stdout, write_card(out).read_text(), read_sources([out]).text(), report._repr_html_()]
     for _, fact in lines:
         # Escaped, in HTML.
@@ -147,8 +147,13 @@ def test_the_same_sentences_are_on_the_terminal_in_the_card_on_the_page_and_in_a
     assert "held-out prompts" in lines[-1][1]
 
 
-def test_the_answers_to_the_keep_prompts_can_be_held_to_limits(repaired, demo):
-    _, out, report, _ = repaired
+def test_the_answers_to_the_keep_prompts_can_be_held_to_limits(repaired, demo, tmp_path):
+    out = tmp_path / "dapa_report.json"
+    content = repaired[2].to_json()
+    # Some must be refused for a limit below.
+    content["after"]["kept"] |= {"num_refused": 2, "num_newly_refused": 2, "num_same": 4}
+    out.write_text(json.dumps(content))
+    report = read_report(out)
     kept = report.after.kept
     for value, word, options in (
         (kept.share_same, "min-kept", ()),
@@ -228,7 +233,7 @@ def test_without_keep_prompts_and_skills_a_report_says_that_nothing_was_measured
     report = read_report(demo[0])
     assert "kept" not in dict(meaning_lines(report))
     unskilled = replace(report, after=replace(report.after, skills=()))
-    assert meaning_lines(unskilled)[0] == (
+    assert meaning_lines(unskilled)[1] == (
         "kept", "NOT measured: neither `keep` nor `skills` names prompts that the fine-tune is for",
     )  # fmt: skip
 
@@ -250,4 +255,4 @@ def test_a_report_of_an_earlier_version_is_read_without_all_this(demo, tmp_path)
         del content[column]["kept"]
     path = tmp_path / "old.json"
     path.write_text(json.dumps(content))
-    assert meaning_lines(read_report(path)) == []
+    assert meaning_lines(read_report(path)) == [("still answered", "1 of 64 harmful prompts (the source answers none)")]

@@ -40,8 +40,12 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("option", FIGURES)
-def test_a_figure_passes_at_its_limit_and_fails_beyond(demo, option):
-    out, report = demo
+def test_a_figure_passes_at_its_limit_and_fails_beyond(demo, option, tmp_path):
+    report = demo[1]
+    # A share of nothing has no limit below it.
+    report = {**report, "after": {**report["after"], "over_refusal": 0.25}}
+    out = tmp_path / "dapa_report.json"
+    out.write_text(json.dumps(report))
     value = FIGURES[option](report["before"], report["after"])
     code, said = gate(out, option, value)
     assert (code, said["passed"]) == (0, True)
@@ -73,7 +77,7 @@ def test_what_was_not_measured_does_not_pass(demo, tmp_path):
     path = tmp_path / "dapa_report.json"
     path.write_text(json.dumps({**report, "before": None, "after": None}))
     for option in FIGURES:
-        code, said = gate(path, option, 0 if option.startswith("--min") else 9)
+        code, said = gate(path, option, 0 if option.startswith("--min") else 1)
         assert (code, said["gates"][0]["value"]) == (6, None)
         assert "not measured" in call("gate", path, option, 0).stdout
     code, said = gate(demo[0], "--min-skill", "french=0.1")
@@ -89,11 +93,11 @@ def test_the_summary_of_a_job_gets_a_table(out, tmp_path, monkeypatch):
     summary = tmp_path / "summary.md"
     summary.write_text("# Before\n\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    assert gate(out, "--min-dsr", 0.9, "--max-over-refusal", -1)[0] == 6
+    assert gate(out, "--min-dsr", 0.9, "--max-perplexity", 1)[0] == 6
     text = summary.read_text()
     assert text.startswith("# Before\n\n### ")
     assert "| DSR | 0.984 | at least 0.9 | passes |" in text
-    assert "| over-refusal | 0.000 | at most -1 | **fails** |" in text
+    assert "| perplexity | 1.040 | at most 1 | **fails** |" in text
     other = tmp_path / "other.md"
     gate(out, "--min-dsr", 0.9, "--summary", other)
     assert "| DSR |" in other.read_text()
@@ -104,6 +108,12 @@ BAD = {
     (): "no limit is given",
     ("--min-dsr", "nan"): "finite",
     ("--min-dsr", "much"): "not a valid float",
+    ("--min-dsr", "60"): "60.0 is not in the range 0<=x<=1",
+    ("--max-over-refusal", "-0.1"): "-0.1 is not in the range 0<=x<=1",
+    ("--min-kept", "95"): "95.0 is not in the range 0<=x<=1",
+    ("--max-kept-refused", "5"): "5.0 is not in the range 0<=x<=1",
+    ("--min-dsr-gain", "30"): "30.0 is not in the range -1<=x<=1",
+    ("--max-over-refusal-rise", "2"): "2.0 is not in the range -1<=x<=1",
     ("--min-skill", "much"): "write a number, or NAME=NUMBER",
     ("--min-skill", "=0.5"): "write a number, or NAME=NUMBER",
 }

@@ -71,6 +71,43 @@ def test_a_recipe_that_names_its_layers_only_takes_its_report():
     assert forecast_of(names.format(*PAIR, "auto"), reports=False).prompts == 0
 
 
+def test_the_forecast_counts_the_questions_of_skills_and_the_requests_of_attacks(write_recipe, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"prompt": "{n} + 0 =", "answer": "{n}"}}\n' for n in range(7)))
+    few = write_few(tmp_path / "few", 8)
+    plain, more = (
+        forecast(make_ladder(load_recipe(write_recipe(*PAIR, prompts=few, **besides))), Options("cpu")).prompts
+        for besides in ({}, {"skills": tmp_path / "mine.jsonl", "attacks": "prefill"})
+    )
+    # Each of three models answers 7 questions, and the 4 held-out harmful prompts once more.
+    assert more - plain == 3 * (7 + 4)
+
+
+UNAVAILABLE = {
+    "skills": ("nope.jsonl", "skills 'nope.jsonl': no such file"),
+    "text": ("nope.txt", "text 'nope.txt': no such file"),
+    "attacks": ("nope.txt", "cannot read nope.txt"),
+    "evaluator": ("nope", "unknown evaluator 'nope'"),
+}
+
+
+@pytest.mark.parametrize("key", UNAVAILABLE)
+def test_what_a_report_cannot_be_measured_with_is_told_by_plan_too(key, write_recipe):
+    value, told = UNAVAILABLE[key]
+    planned = call("plan", write_recipe(*PAIR, prompts="miniature", **{key: value}))
+    assert planned.exit_code == 2
+    assert told in planned.stderr
+    assert planned.stdout == ""
+
+
+def test_plan_takes_the_options_of_an_evaluator(write_recipe, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import dapa_merge\n@dapa_merge.evaluator('half')\ndef score(candidate):\n    return 0.5\n"
+    )
+    recipe = write_recipe(*PAIR, prompts="miniature", evaluator="half")
+    planned = call("plan", recipe, "--evaluator-file", tmp_path / "mine.py")
+    assert planned.exit_code == 0, planned.stderr
+
+
 def test_plan_says_what_a_run_takes(write_recipe):
     recipe = write_recipe(*PAIR, prompts="miniature", edit="auto", keep="skills")
     found = answer("plan", recipe, "--json")["forecast"]

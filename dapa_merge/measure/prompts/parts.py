@@ -97,12 +97,13 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     return Parts(asked(parts.search), asked(parts.report), parts.choice and asked(parts.choice))
 
 
-def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
+def all_prompts(recipe: Recipe, *, is_rung: bool = False, tells: bool = True) -> Parts:
     """Load a recipe's prompts for its figures: in parts, or whole twice if nothing is searched or chosen.
 
     Args:
         recipe: Names the prompts, the edit and the layers.
         is_rung: As for `split_prompts`.
+        tells: Whether to log how many there are, if they are whole (`check_prompts` does it for parts).
 
     Raises:
         UsageError: As `split_prompts` does.
@@ -111,7 +112,8 @@ def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
         return split_prompts(recipe, is_rung=is_rung)
     check_files(recipe)
     prompts = load_prompts(recipe.prompts)
-    tell_prompts(prompts)
+    if tells:
+        tell_prompts(prompts)
     kept = _keeping(prompts, load_keep(recipe, prompts), frozenset())
     whole = asked_after(kept, recipe.system, recipe.chat_template)
     return Parts(whole, whole)

@@ -49,8 +49,9 @@ def test_each_line_of_a_pipe_is_a_message_and_stdout_holds_the_answers(demo):
 
 
 @pytest.mark.parametrize("few", [("--quantize", "4bit"), ("--quantize", "8bit"), ("--dtype", "float32")])
-def test_target_and_result_speak_in_another_arithmetic_in_the_memory_of_one_model(demo, few):
+def test_target_and_result_speak_in_another_arithmetic_in_the_memory_of_one_model(demo, few, monkeypatch):
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("dapa_merge.measure.chat.free_on", lambda _: 1)
     out, _ = demo
     result = talk(f"{HARMFUL}\n", out, "--before", *few, "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -1,8 +1,9 @@
 """Conversations with models: whole turns through their chat templates, and answers as they come.
 
-An answer is what `generate` says to the same prompt, with the same arithmetic, unless a temperature is given. A result
-and its target need the memory of one model: the target is resident, and the selection is applied while the result
-speaks. Only the selected units are compared with the result's files for that; `verify` compares everything.
+An answer is what `generate` says to the same prompt, with the same arithmetic, unless a temperature is given. Where a
+result and its target do not both fit, they need the memory of one model: the target is resident, and the selection is
+applied while the result speaks, which takes seconds for each message. Only the selected units are compared with the
+result's files for that; `verify` compares everything.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from dapa_merge.measure.generate import (
     has_system_role,
     text_of,
 )
-from dapa_merge.measure.live import LiveModel, load_model, mapped_values
+from dapa_merge.measure.live import LiveModel, choose_device, load_model, mapped_values
+from dapa_merge.measure.placement import free_on, is_spread, weight_bytes
 from dapa_merge.measure.prompts.conversation import ASSISTANT, SYSTEM, USER, Conversation, Message
 from dapa_merge.measure.refusal.classify import final_answer, opened_thought, thought_parts, without_cut_tag
 from dapa_merge.measure.sampling import Sampled
@@ -49,6 +51,8 @@ from dapa_merge.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Of the free memory, the most that two models may take.
+SHARE = 0.8
 # Gets each new piece of an answer, and whether it belongs to a thought.
 Tell = Callable[[str, bool], object]
 
@@ -237,17 +241,20 @@ def speakers(
         return
     recipe = _recipe(location, target)
     checkpoint = open_location(location, allow_pickle=allow_pickle)
+    named = target or (recipe.target if recipe else None)
+    assert named is not None
+    if _both_fit(checkpoint, where):
+        yield _both(named, checkpoint, where, allow_pickle)
+        return
     try:
         if recipe is None:
             raise UsageError(f"{location} has no {RECIPE_NAME}")
         live, applied = _resident(checkpoint, recipe, where, allow_pickle)
     except DapaError as error:
         LOG.info(f"target and result are both loaded, which takes the memory of two models: {error}")
-        named = target or (recipe.target if recipe else None)
-        assert named is not None
-        before = _loaded("before", open_location(named, allow_pickle=allow_pickle), where)
-        yield before, _loaded("after", checkpoint, where)
+        yield _both(named, checkpoint, where, allow_pickle)
         return
+    LOG.info("target and result take turns in the memory of one model, which takes seconds for each message")
     try:
         yield (
             Speaker("before", live.tokenizer, lambda: nullcontext(live.model)),
@@ -260,6 +267,21 @@ def speakers(
 def _loaded(name: str, checkpoint: Checkpoint, where: Where) -> Speaker:
     model, tokenizer = load_model(checkpoint, where)
     return Speaker(name, tokenizer, lambda: nullcontext(model))
+
+
+def _both(named: Location, result: Checkpoint, where: Where, allow_pickle: bool) -> tuple[Speaker, Speaker]:
+    before = _loaded("before", open_location(named, allow_pickle=allow_pickle), where)
+    return before, _loaded("after", result, where)
+
+
+def _both_fit(model: Checkpoint, where: Where) -> bool:
+    """Whether two models of this size fit in what is free of a device, with room for what computing takes."""
+    device = choose_device(where.device)
+    if is_spread(model, where):
+        return False
+    # A CPU without 16-bit arithmetic keeps copies in float32.
+    copies = 4 * model.num_parameters if device.type == "cpu" else 0
+    return 2 * (weight_bytes(model, where) + copies) <= SHARE * free_on(device)
 
 
 def _recipe(location: Location, target: Location | None) -> Recipe | None:

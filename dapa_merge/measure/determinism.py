@@ -248,7 +248,7 @@ def _has_packed_kernel() -> bool:
         # The answer is kept, and must not depend on the dtype or device that torch uses by default when it is asked.
         ones = torch.ones(2, 3, dtype=torch.float32, device="cpu")
         return bool((_product(ones, _pack(ones), None) == 3).all())
-    except Exception:
+    except (AttributeError, RuntimeError):
         # Not a public function of torch; other versions and platforms may lack it.
         return False
 

@@ -67,6 +67,11 @@ class Expected:
         """About how long so much of each unit takes."""
         return sum(amount * self.rates.get(unit, 0.0) for unit, amount in amounts.items())
 
+    @property
+    def place(self) -> str:
+        """Where the seconds were calibrated, for people."""
+        return self.device
+
     @contextmanager
     def told(self) -> Iterator[None]:
         """Show the job inside the `with` block as one work, and tell the user beforehand if it takes long."""
@@ -82,7 +87,7 @@ class Expected:
             LOG.info(f"this takes {self}")
 
     def __str__(self) -> str:
-        found = [f"about {duration(self.total_seconds)} on {self.device}"]
+        found = [f"about {duration(self.total_seconds)} on {self.place}"]
         if self.tests:
             found.append(f"about {self.tests} tests")
         found.append(f"{self.memory_bytes / 1e9:.1f} GB of its memory and the batches")

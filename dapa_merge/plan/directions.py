@@ -37,6 +37,8 @@ SIGNIFICAND, PRODUCT = 53, 30
 LARGEST = 32767
 # How much of a stored factor may lie outside the singular vectors that it is made of, as a share of its norm.
 TOLERANCE = 0.02
+# Of a product in float64, the number of values that are computed at once.
+PIECE = 1 << 17
 # How many times as far as the source itself a matrix may move along directions: the largest singular value of a core.
 MAX_WEIGHT = 4.0
 MAX_FILE_BYTES = 1 << 32
@@ -79,7 +81,13 @@ class Factors:
     def product(self, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[numpy.float32]:
         """Their sum for some rows and columns: computed exactly, and rounded once to float32."""
         left = self.left[rows] * numpy.exp2(self.exponents.astype(numpy.float64))
-        return numpy.asarray(left @ self.right[:, columns].astype(numpy.float64), dtype=numpy.float32)
+        right = self.right[:, columns].astype(numpy.float64)
+        found = numpy.empty((len(left), right.shape[1]), dtype=numpy.float32)
+        # Pieces whose float64 values stay in a processor's cache.
+        step = max(PIECE // max(right.shape[1], 1), 1)
+        for start in range(0, len(left), step):
+            found[start : start + step] = left[start : start + step] @ right
+        return found
 
 
 def quantize(left: Matrix, right: Matrix) -> Factors:

@@ -167,7 +167,8 @@ class Edit(ABC):
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The new values before rounding."""
         # Separate operations: fused ones, such as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
-        return values["target"] + self.change(values) * self.strength
+        change = self.change(values)
+        return values["target"] + (change if self.strength == 1 else change * self.strength)
 
     def new_values(
         self, values: Mapping[str, torch.Tensor], dtype: torch.dtype, rounding: Rounding | None = None
@@ -190,16 +191,19 @@ class Edit(ABC):
         inputs = {name: values[name].to(precise) for name in (*self.inputs, *self.brings)}
         exact = self.exact(inputs)
         result = exact.to(dtype)
-        limits = torch.finfo(dtype)
-        overflowed = result.isinf()
-        for value in inputs.values():
-            overflowed &= value.isfinite()
-        num_overflowed = int(overflowed.sum())
-        if num_overflowed:
+        limits, tiny = torch.finfo(dtype), torch.finfo(exact.dtype).tiny
+        num_overflowed = 0
+        # One pass over the values, where nearly always all are in range; NaN is not.
+        if exact.numel() and not all(-limits.max <= end <= limits.max for end in map(float, exact.aminmax())):
+            overflowed = result.isinf()
+            for value in inputs.values():
+                overflowed &= value.isfinite()
+            num_overflowed = int(overflowed.sum())
             result = torch.where(overflowed, torch.sign(exact).to(dtype) * limits.max, result)
         if rounding is not None:
-            was_normal = exact.abs() >= torch.finfo(exact.dtype).tiny
-            rounding.add(num_overflowed, int((was_normal & (result.abs() < limits.tiny)).sum()))
+            # Without a dtype whose smallest normal number is larger, none can be lost.
+            lost = (exact.abs() >= tiny) & (result.abs() < limits.tiny) if tiny < limits.tiny else exact.new_zeros(0)
+            rounding.add(num_overflowed, int(lost.sum()))
         return result
 
     def tiles(

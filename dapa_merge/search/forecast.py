@@ -70,20 +70,26 @@ class Forecast(Expected):
         works: Of each rung.
         prompts: Answers of the report: those of target, result and source.
         meter: Measures for the report; None without one.
+        is_upcast: Whether the device is a CPU that lacks the 16-bit arithmetic of the target.
         float32_seconds: About how long all of it takes in float32, where that is faster and fits; else None.
     """
 
     works: tuple[Work, ...] = ()
     prompts: int = 0
     meter: Meter | None = None
+    is_upcast: bool = False
     float32_seconds: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the seconds were calibrated, for people."""
+        return f"{self.device} without 16-bit arithmetic" if self.is_upcast else self.device
 
     def __str__(self) -> str:
         """The estimate as text, with that of float32 where it is less."""
         if self.float32_seconds is None:
             return super().__str__()
-        less = f"{duration(self.float32_seconds)} with --dtype float32: this processor has no 16-bit arithmetic"
-        return f"{super().__str__()}; about {less}"
+        return f"{super().__str__()}; about {duration(self.float32_seconds)} with --dtype float32"
 
     def to_json(self) -> dict[str, object]:
         """Plain data."""
@@ -134,6 +140,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         tuple(works),
         num_report,
         meter,
+        _is_upcast(plan, options, device),
     )
     wide = _wider(plan, options, device)
     if wide is None or found.total_seconds < TOLD_SECONDS:

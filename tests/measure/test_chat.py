@@ -59,6 +59,12 @@ def copied(demo, tmp_path) -> Path:
     return Path(shutil.copytree(demo[0], tmp_path / "out"))
 
 
+@pytest.fixture
+def one_memory(monkeypatch):
+    """A device that two models do not fit on."""
+    monkeypatch.setattr(chat, "free_on", lambda _: 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_answer_is_what_the_measurements_hear(mini, dtype):
     model, tokenizer = load_model(open_checkpoint(TARGET), CPU)
@@ -89,18 +95,38 @@ def test_without_a_template_the_turns_are_lines(mini, caplog):
     assert chat._formatted(tokenizer, turns) == "a\nb\nc"
 
 
-def test_a_result_speaks_out_of_its_target_as_it_does_alone_in_the_memory_of_one_model(demo, monkeypatch, caplog):
+def test_a_result_speaks_out_of_its_target_as_it_does_alone_in_the_memory_of_one_model(
+    demo, one_memory, monkeypatch, caplog
+):
     out, _ = demo
     # Whoever loads both models would need this.
     monkeypatch.setattr(chat, "load_model", None)
-    for prompt in PROMPTS[:2]:
-        found = said(str(out), prompt, with_target=True)
-        assert found == {"before": alone(TARGET, prompt), "after": alone(out, prompt)}
-        assert found["before"] != found["after"]
+    with caplog.at_level(logging.INFO, "dapa_merge"):
+        for prompt in PROMPTS[:2]:
+            found = said(str(out), prompt, with_target=True)
+            assert found == {"before": alone(TARGET, prompt), "after": alone(out, prompt)}
+            assert found["before"] != found["after"]
     assert "both loaded" not in caplog.text
+    assert "target and result take turns in the memory of one model" in caplog.text
 
 
-def test_a_result_of_directions_speaks_out_of_its_target_too(shadow_demo, monkeypatch):
+def test_where_both_fit_neither_waits_for_the_other(demo, monkeypatch, caplog):
+    out, _ = demo
+    monkeypatch.setattr(chat, "LiveModel", None)
+    model = open_checkpoint(str(out))
+    # Weights, and copies of them in float32.
+    needed = 2 * (sum(tensor.num_bytes for tensor in model.tensors.values()) + 4 * model.num_parameters)
+    monkeypatch.setattr(chat, "free_on", lambda _: needed / chat.SHARE + 1)
+    with caplog.at_level(logging.INFO, "dapa_merge"):
+        found = said(str(out), PROMPTS[0], with_target=True)
+    assert found == {"before": alone(TARGET, PROMPTS[0]), "after": alone(out, PROMPTS[0])}
+    assert "turns" not in caplog.text
+    monkeypatch.setattr(chat, "free_on", lambda _: needed / chat.SHARE - 1)
+    assert not chat._both_fit(model, Where("cpu"))
+    assert not chat._both_fit(model, Where("cpu", max_memory=(("cpu", 1 << 40),)))
+
+
+def test_a_result_of_directions_speaks_out_of_its_target_too(shadow_demo, one_memory, monkeypatch):
     out, _ = shadow_demo
     monkeypatch.setattr(chat, "load_model", None)
     assert said(str(out), PROMPTS[0], with_target=True)["after"] == alone(out, PROMPTS[0])
@@ -124,7 +150,7 @@ def lose_source(out: Path) -> None:
     ("change", "named"),
     [(change_selected, "4.mlp.gate_proj"), (change_template, "chat_template.jinja"), (lose_source, "nowhere")],
 )
-def test_what_is_not_its_target_with_its_selection_is_loaded_beside_it(copied, change, named, caplog):
+def test_what_is_not_its_target_with_its_selection_is_loaded_beside_it(copied, change, named, one_memory, caplog):
     change(copied)
     with caplog.at_level(logging.INFO, "dapa_merge"):
         found = said(str(copied), PROMPTS[0], with_target=True)
@@ -151,7 +177,7 @@ def test_a_target_that_was_a_folder_of_the_publisher_is_asked_for(copied):
     )
 
 
-def test_a_stopped_answer_stays_in_the_conversation_and_the_target_comes_back(demo):
+def test_a_stopped_answer_stays_in_the_conversation_and_the_target_comes_back(demo, one_memory):
     out, _ = demo
 
     told: list[str] = []

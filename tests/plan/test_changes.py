@@ -90,7 +90,7 @@ def test_a_share_counts_the_values_that_differ_between_target_and_result(archite
     recipe = recipe_of(tmp_path, target, source, layers="1,2", modules="gate,down", **said)
     plan = answer("plan", recipe, "--json")
     run = call("run", recipe, tmp_path / "out", "--no-evaluate", "--json")
-    assert "left out gate of layer 1; down of layer 1, which the edit would not change" in run.stderr
+    assert "left out gate, down of layer 1, which the edit would not change" in run.stderr
     report = json.loads(run.stdout)
     expected = num_different(target, tmp_path / "out")
     assert 0 < expected < plan["selected_parameters"] / 3

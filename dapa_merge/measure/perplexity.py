@@ -149,8 +149,13 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
     Returns:
         `[rows]`, float32, on the model's device; with a graph if gradients are enabled.
     """
+    return losses_of(rows, counted_logits(model, padding, rows))
+
+
+def losses_of(rows: Sequence[ScoredText], found: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The losses of rows by their `counted_logits`; as `losses`."""
     terms = []
-    for row, logits in zip(rows, counted_logits(model, padding, rows), strict=True):
+    for row, logits in zip(rows, found, strict=True):
         # Row by row: without a graph, only one row's logits, [tokens, vocabulary], are in float32 at a time.
         counted = torch.tensor(row.ids[row.num_context :], device=logits.device)
         terms.append(torch.nn.functional.cross_entropy(logits.float(), counted, reduction="sum"))

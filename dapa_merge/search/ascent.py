@@ -36,12 +36,13 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.divergence import ReferenceRow
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.directions import FactorTable, quantize
+from dapa_merge.search.attribution import MIN_LARGE
 from dapa_merge.search.slopes import Chunk, LiveSlopes, Section, Settings, Sides, Slopes, Step, places_of
 from dapa_merge.search.spectrum import Spectrum
 
-# Rows that are differentiated at once in a model beyond that size, so that workers have something to share. In smaller
-# ones all rows of a step are, which takes a third less time, if they have at most so many tokens.
-MAX_CHUNK, MIN_CHUNKED = 3, 2_000_000_000
+# Rows that are differentiated at once in a large model, so that workers have something to share. In others all rows of
+# a step are, which takes a third less time, if they have at most so many tokens.
+MAX_CHUNK = 3
 MAX_TOGETHER = 1024
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
 BETAS = (0.9, 0.99)
@@ -101,7 +102,7 @@ class Ascent:
             number: [len(row.text.ids) for row in group] for number, group in enumerate(keep)
         }
         self.slopes = slopes or LiveSlopes(live, spectra, contrasts, keep, settings, batch_limit)
-        self._is_large = live.plan.target.num_parameters > MIN_CHUNKED
+        self._is_large = live.plan.target.num_parameters > MIN_LARGE
         self.weights = torch.zeros(sum(one.rank**2 for one in spectra))
         self._moments = torch.zeros(2, len(self.weights))
         # Where the elements of the cores are, `[cores, r^2]` for each rank: those of one rank are bounded together.

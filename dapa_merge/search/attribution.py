@@ -25,10 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.generate import check_ids, encode, prompt_ids, thought_before
 from dapa_merge.measure.live import LiveModel, Slot, mapped_values
-from dapa_merge.measure.perplexity import ScoredText, losses
+from dapa_merge.measure.packed import Read, reader
+from dapa_merge.measure.perplexity import ScoredText, losses_of
 from dapa_merge.measure.quantized import is_transposed, quantized_layers
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
@@ -41,6 +43,8 @@ NUM_TOKENS = 4
 # The most prompts used, and the most responses at once.
 MAX_CONTRASTS = 12
 MAX_BACKWARD = 8
+# A model of more parameters is large: only a few texts are differentiated at once.
+MIN_LARGE = 2_000_000_000
 
 
 def effects_between(
@@ -69,7 +73,9 @@ def effects_between(
     ]
     # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
     few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
-    return attribute(live, few, units=units, batch_size=BatchSize(min(MAX_BACKWARD, batch_limit)))
+    is_large = live.plan.target.num_parameters > MIN_LARGE
+    most = MAX_BACKWARD if is_large else 2 * MAX_CONTRASTS
+    return attribute(live, few, units=units, batch_size=BatchSize(min(most, batch_limit)))
 
 
 def attribute(
@@ -113,18 +119,20 @@ def attribute(
 
     def add(batch: Sequence[Side]) -> Sequence[Side]:
         # Computed in full before anything is added: a batch that fails is repeated in halves.
-        for unit, effect in _effects(live, units, batch).items():
+        for unit, effect in _effects(live, units, batch, read).items():
             effects[unit] += effect / (len(sides) / 2)
         return batch
 
-    for _ in batch_size.map(add, sides):
-        advance(1, "responses")
+    with widened(live.model):
+        read = reader(live.model, live.tokenizer.pad_token_id, [sides[0].row, sides[-1].row])
+        for _ in batch_size.map(add, sides):
+            advance(1, "responses")
     _check_finite(effects, live.plan)
     return effects
 
 
 @torch.enable_grad()
-def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> dict[Unit, float]:
+def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side], read: Read) -> dict[Unit, float]:
     """The effect of every unit on the sum of one batch; float16 could not hold the small gradients of a mean."""
     # Several units may be parts of one parameter: blocks of its rows, or tensors that the model shares.
     slots: dict[Parameter, list[Slot]] = {}
@@ -136,9 +144,10 @@ def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> d
         for slot in slots[parameter]:
             effects[slot.unit] += _dot(live.plan, slot, gradient)
 
+    rows = [side.row for side in sides]
     with each_gradient(live.model, slots, weigh):
         signs = torch.tensor([side.sign for side in sides], device=live.model.device)
-        likelihoods = -losses(live.model, live.tokenizer.pad_token_id, [side.row for side in sides])
+        likelihoods = -losses_of(rows, read(live.model, live.tokenizer.pad_token_id, rows))
         torch.autograd.backward((signs * likelihoods).sum())
     return effects
 

@@ -101,7 +101,7 @@ class Holding:
 
 def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe, monkeypatch):
     # As of a model whose groups are divided.
-    monkeypatch.setattr(ascent, "MIN_CHUNKED", 0)
+    monkeypatch.setattr(ascent, "MIN_LARGE", 0)
     parsed = load_recipe(recipe)
     plan, parts = make_plan(parsed), split_prompts(parsed)
     settings = slopes.Settings(**SETTINGS | {"num_rounds": 1, "num_steps": 3})

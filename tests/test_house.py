@@ -10,7 +10,7 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(dapa_merge.__
 # field's methods beside ours, on clusters too, for what tells the kinds of damage apart, and for
 # what is published without paths.
 MAX_MODULES = 186
-MAX_LINES = 48_400
+MAX_LINES = 48_600
 MAX_MODULE_LINES = 600
 MAX_LATE_IMPORTS = 56
 

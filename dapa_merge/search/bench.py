@@ -182,20 +182,35 @@ class Bench(Resident):
             journal.note(name, self.baseline(selection, journal, name, f"measuring {what}").to_json())
         return Baseline.from_json(journal.notes[name])
 
-    def recorded_score(self, journal: Journal, name: str, selection: Sequence[Unit], what: str) -> float:
-        """The score of such a baseline; if the note is absent, only what the score takes is measured and recorded."""
+    def recorded_score(
+        self, journal: Journal, name: str, selection: Sequence[Unit], what: str, *, is_begun: bool = False
+    ) -> tuple[float, float]:
+        """Two bounds of the score of such a baseline; if the note is absent, only what it takes is measured and recorded.
+
+        Args:
+            journal: Where the note is or the pieces are.
+            name: Of the note.
+            selection: The units.
+            what: The measurement as progress shows it.
+            is_begun: Measure only the first piece of the prompts that the score is a share of; else the bounds are the
+                same.
+        """
         if name in journal.notes:
-            return Baseline.from_json(journal.notes[name]).score
+            return (Baseline.from_json(journal.notes[name]).score,) * 2
         limited = self.constraints[0]
         wanted = {
             f"{name}: {piece}": one
             for piece, one in self._measurements.items()
             if (piece == limited.figure if one.piece is None else one.piece[0] == limited.kind)
         }
+        if is_begun:
+            wanted = dict(list(wanted.items())[:1])
         self._measure(wanted, selection, journal, f"measuring {what}")
         if limited.kind is None:
-            return float(journal.pieces[f"{name}: {limited.figure}"])
-        return _share(limited, [response for piece in wanted for response in _responses_in(journal, piece)])
+            return (float(journal.pieces[f"{name}: {limited.figure}"]),) * 2
+        found = [response for piece in wanted for response in _responses_in(journal, piece)]
+        number, num_counted = self.num_scored, sum(map(limited.counts, found))
+        return num_counted / number, (num_counted + number - len(found)) / number
 
     @property
     def _measurements(self) -> dict[str, _Measurement]:

@@ -46,7 +46,7 @@ class Work:
         prompts: Answers of candidates, about.
         steps: Of a choice of directions.
         parameters: Of the matrices that are decomposed.
-        in_vain: Answers after which an edit that does not repair is usually known not to: those of the scores.
+        in_vain: Answers after which an edit that does not repair is usually known not to: those that all units score by.
     """
 
     edit: str
@@ -192,7 +192,7 @@ def expected_tests(
 def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     """What the search of a recipe of one edit takes."""
     each = len(parts.search.harmful) + len(parts.search.harmless)
-    baselines, in_vain = 2 * each + len(parts.search.measured_keep), 2 * len(parts.search.harmful)
+    baselines, in_vain = 2 * each + len(parts.search.measured_keep), len(parts.search.harmful)
     in_bundles = plan.edit.chooses and len(plan.units) > MAX_ALONE
     number = len(by_layer(plan.units)) if in_bundles else len(plan.units)
     # Among bundles it hardly ever goes on: of real models, most were needed (tests/benchmarks/RESULTS.md).

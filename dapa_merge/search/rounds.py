@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
+# Keep prompts that the source is asked, for a warning.
+MAX_ASKED = 16
 # Of all memory, the most that logits of the target's own answers may take.
 LOGITS_SHARE = 1 / 16
 
@@ -289,7 +292,7 @@ class Rounds:
         Returns:
             `harmful`: for each harmful prompt, the target's response and its outcome, and the source's; `kept`: the
             tokens of the target's answers to each group of `_kept`; `num_refusing`: how many keep prompts the source
-            refuses.
+            refuses of the `num_asked` that it was asked.
         """
         harmful, groups = self.prompts.harmful, self._kept
         if "choice" not in self.journal.notes:
@@ -315,6 +318,7 @@ class Rounds:
                 return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
 
             keep = groups[-1][0] if len(groups) > 1 else ()
+            keep = keep[:: max(1, math.ceil(len(keep) / MAX_ASKED))]
             began = time.monotonic()
             num_prompts = 2 * len(harmful) + len(keep) + sum(len(prompts) for prompts, _ in groups)
             with task("reading the answers of target and source", num_prompts, "prompts"):
@@ -332,6 +336,7 @@ class Rounds:
                     "harmful": [[*was, *now] for was, now in zip(before, after, strict=True)],
                     "kept": kept,
                     "num_refusing": [outcome for _, outcome in of_keep].count(Outcome.REFUSED.value),
+                    "num_asked": len(keep),
                 },
                 time.monotonic() - began,
             )
@@ -350,10 +355,11 @@ class Rounds:
             )
         if num_empty:
             LOG.warning(f"the target answers nothing to {num_empty} of the {len(texts)} keep prompts of the choice")
+        num_asked = said.get("num_asked", len(self.prompts.keep))
         if said["num_refusing"]:
             LOG.warning(
-                f"the source {self.plan.source.name} refuses {said['num_refusing']} of the {len(self.prompts.keep)} "
-                f"keep prompts of the choice; a report says in the end whether the result refuses such prompts"
+                f"the source {self.plan.source.name} refuses {said['num_refusing']} of {num_asked} keep prompts "
+                f"of the choice; a report says in the end whether the result refuses such prompts"
             )
 
     def _sides(self, said: Mapping[str, Any]) -> list[Sides]:

@@ -49,7 +49,7 @@ from dapa_merge.search.requirement import (
 )
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.rounds import Helpers, Rounds
-from dapa_merge.search.session import Session, baselines, check_same, scores, scores_text
+from dapa_merge.search.session import Scores, Session, baselines, check_same, scores_text
 from dapa_merge.search.slopes import Settings
 from dapa_merge.search.workers import Oracle, Workers, in_order, is_test, names_of, pieces_of_test
 
@@ -342,13 +342,22 @@ def _workers(session: Session, limits: Requirement) -> Workers:
 
 def _check_scores(session: Session) -> None:
     """Raise `CannotRepair` where the scores of target and full transplant alone tell so, before more is measured."""
-    if (found := scores(session)) is None:
+    scores = Scores(session)
+    if not scores.are_own:
         return
-    target, full = found
-    _check_gain(session, target, full)
-    before, possible = {SCORE.figure: target}, {SCORE.figure: _possible(session, full)}
-    floor = requirement(session.bench.constraints[:1], before, possible, settings_of(session.recipe))
-    _check_reaches(session, floor, {SCORE.figure: full})
+    for is_begun in (True, False):
+        # A target scores at least 0, and what must be reached rises with that: often it need not be asked.
+        lowest, highest = scores.full(is_begun=is_begun)
+        _check_reaches(session, _floor(session, 0.0, lowest), lowest, highest)
+    target = scores.target()
+    _check_gain(session, target, highest)
+    _check_reaches(session, _floor(session, target, highest), lowest, highest)
+
+
+def _floor(session: Session, target: float, full: float) -> Requirement:
+    """What a selection must score."""
+    figures = {SCORE.figure: target}, {SCORE.figure: _possible(session, full)}
+    return requirement(session.bench.constraints[:1], *figures, settings_of(session.recipe))
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
@@ -360,7 +369,7 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     LOG.info(f"the limits: {limits_text(limits.to_json(), bench.num_of_kind)}")
     # The source itself may violate what a part of it, or a choice of its directions, does not.
     if not session.plan.edit.chooses:
-        _check_reaches(session, limits, full.figures)
+        _check_reaches(session, limits, full.score, full.score)
     return limits
 
 
@@ -387,11 +396,11 @@ def _check_gain(session: Session, target: float, full: float) -> None:
     )
 
 
-def _check_reaches(session: Session, limits: Requirement, full: Mapping[str, float]) -> None:
-    """Raise `CannotRepair` if the full transplant does not score as high as a selection must."""
-    if limits.split(full)[0]:
+def _check_reaches(session: Session, limits: Requirement, lowest: float, highest: float) -> None:
+    """Raise `CannotRepair` if the full transplant, whose score is between two bounds, does not reach what it must."""
+    one, limit = limits.limits[0]
+    if (complaint := one.complaint(lowest, highest, limit)) is None:
         return
-    complaint = limits.complaint(full)
     raise CannotRepair(
         f"the source {session.recipe.source} cannot repair this target within the recipe's limits: even with every "
         f"unit ({', '.join(session.plan.modules)}) {complaint}",

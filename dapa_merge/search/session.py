@@ -70,21 +70,36 @@ def baselines(session: Session) -> tuple[Baseline, Baseline]:
     return target, full
 
 
-def scores(session: Session) -> tuple[float, float] | None:
-    """The scores of the target and of its full transplant, without measuring more than they take.
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a search's target and of its full transplant, without measuring more than each takes.
 
-    `baselines` then measures the rest. None if only others recorded them: those are measured again, with all figures.
+    `baselines` then measures the rest.
     """
-    bench, journal = session.bench, session.journal
-    assert isinstance(journal, Journal)
-    of_target, of_full = _wanted(session)
-    if journal.foreign & {of_target.name, of_full.name}:
-        return None
-    target = bench.recorded_score(journal, of_target.name, of_target.units, f"the {of_target.told}")
-    bench.use(session.plan.reference)
-    full = bench.recorded_score(journal, of_full.name, of_full.units, f"the {of_full.told}")
-    bench.use(session.plan)
-    return target, full
+
+    session: Session
+
+    @property
+    def are_own(self) -> bool:
+        """Whether nobody else recorded them: such are measured again, with all figures."""
+        assert isinstance(self.session.journal, Journal)
+        return not self.session.journal.foreign & {wanted.name for wanted in _wanted(self.session)}
+
+    def target(self) -> float:
+        """The target's."""
+        return self._bounds(_wanted(self.session)[0], self.session.plan)[0]
+
+    def full(self, *, is_begun: bool = False) -> tuple[float, float]:
+        """Two bounds of the full transplant's: the same, or what the first piece of the prompts tells."""
+        return self._bounds(_wanted(self.session)[1], self.session.plan.reference, is_begun=is_begun)
+
+    def _bounds(self, wanted: _Wanted, plan: Plan, *, is_begun: bool = False) -> tuple[float, float]:
+        bench, journal = self.session.bench, self.session.journal
+        assert isinstance(journal, Journal)
+        bench.use(plan)
+        found = bench.recorded_score(journal, wanted.name, wanted.units, f"the {wanted.told}", is_begun=is_begun)
+        bench.use(self.session.plan)
+        return found
 
 
 def _baseline(session: Session, name: str, units: Sequence[Unit], told: str) -> Baseline:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, call, save_random
+from conftest import ARCHITECTURES, SHAPE, call, save_random, write_few
 from search.test_ascent import SETTINGS, material
 
 from dapa_merge import miniature
@@ -237,8 +237,9 @@ def test_a_run_is_searched_in_few_bits_and_measured_as_it_is_written(tmp_path, w
     assert {**plain, "seconds": 0} == {**quantized, "seconds": 0}
 
 
-def test_models_are_compared_and_traced_in_few_bits_and_the_pages_say_so(tmp_path, write_recipe, few):
+def test_models_are_compared_and_traced_in_few_bits_and_the_pages_say_so(tmp_path, write_recipe):
     pytest.importorskip("matplotlib")
+    few = write_few(tmp_path / "few", 8)
     pair = [miniature.path(name) for name in ("target", "source")]
     recipe = write_recipe(*pair, layers="3-6", prompts=str(few), max_new_tokens=8)
     options = "--device", "cpu", "--quantize", "4bit", "--json"

@@ -18,7 +18,6 @@ from dapa_merge.report.page import page_text, read_sources
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=WHY_NOT),
 ]
 TAB, ENTER = "\ue004", "\ue007"

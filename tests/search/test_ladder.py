@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import transformers
@@ -17,6 +18,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CannotRepair, RecipeError
 from dapa_merge.measure.meter import Measurement
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.edit import EDITS, LADDER, may_choose
 from dapa_merge.plan.ladder import make_ladder, rungs_of
 from dapa_merge.plan.selection import make_plan
@@ -175,24 +177,39 @@ def test_a_rung_must_reach_what_is_possible(few):
     assert re.fullmatch(r"with all \d+ units its DSR is .* below the \d\.\d+ required", refused.value.why)
 
 
-def test_a_rung_whose_score_falls_short_asks_harmful_prompts_only_and_none_of_them_twice(few, tmp_path, monkeypatch):
+def test_a_rung_whose_score_falls_short_asks_all_units_alone_harmful_prompts_only_and_none_of_them_twice(
+    few, tmp_path, monkeypatch
+):
     recipe, _ = rungs_of(parsed(prompts=str(few), max_new_tokens=12, batch_size=128))
     plan, options, asked = make_plan(recipe), Options("cpu", journal=tmp_path / "j"), []
     judge_all = Measurement.judge_all
 
     def judge(self, groups):
-        asked.append({kind for kind, _ in groups})
+        asked.extend((kind, prompt) for kind, prompts in groups for prompt in prompts)
         return judge_all(self, groups)
 
     monkeypatch.setattr(Measurement, "judge_all", judge)
     with pytest.raises(CannotRepair):
         search_plan(recipe, plan, options, possible=1.5)
-    assert asked == [{"harmful"}] * 2
-    # The harmful prompts of both are not asked again.
+    # Half of them tell.
+    assert {kind for kind, _ in asked} == {"harmful"}
+    assert len({*asked}) == len(asked) == len(split_prompts(recipe, is_rung=True).search.harmful) / 2
+    # Those are not asked again.
     monkeypatch.setattr(searching, "_check_scores", lambda _: None)
     with pytest.raises(CannotRepair):
         search_plan(recipe, plan, options, possible=1.5)
-    assert asked[2:] == [{"harmless"}] * 2
+    assert {*Counter(asked).values()} == {2}
+    assert {kind for kind, _ in asked} == {"harmful", "harmless"}
+
+
+def test_a_target_that_refuses_already_is_asked_before_a_rung_is_given_up(few, tmp_path, monkeypatch):
+    # All units would be enough for a target that refuses nothing, but not for one that refuses half.
+    recipe, _ = rungs_of(parsed(prompts=str(few), max_new_tokens=12, batch_size=128, retain=0.5))
+    monkeypatch.setattr(searching.Scores, "target", lambda _: 0.5)
+    monkeypatch.setattr(searching.Scores, "full", lambda _, is_begun: (0.6, 0.8) if is_begun else (0.7, 0.7))
+    with pytest.raises(CannotRepair) as refused:
+        search_plan(recipe, make_plan(recipe), Options("cpu"), possible=1.0)
+    assert re.fullmatch(r"with all \d+ units its DSR is 0\.700, 0\.050 below the 0\.750 required", refused.value.why)
 
 
 def test_models_that_are_swapped_are_seen_before_any_edit_is_tried(few, tmp_path):
@@ -213,7 +230,7 @@ def test_if_no_rung_repairs_the_error_says_why_each_does_not(write_recipe, few, 
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3
     error = result.stderr.splitlines()[-1]
-    assert re.search(r"copy of gate: with all \d+ units copied .*; directions of .*: with all \d+ units", error)
+    assert re.search(r"copy of gate: with all \d+ units .*; directions of .*: with all \d+ units", error)
     assert not (tmp_path / "out").exists()
 
 
@@ -222,7 +239,7 @@ def test_where_gates_fail_the_next_edit_repairs_and_the_report_and_card_say_why(
     copied, chosen = report["rungs"]
     assert copied == {
         "edit": "copy", "modules": ["gate"],
-        "verdict": "with all 10 units copied the DSR is 0.000, and without them 0.000",
+        "verdict": "with all 10 units its DSR is at most 0.500, 0.450 below the 0.950 required",
     }  # fmt: skip
     assert chosen["edit"] == "directions"
     assert report["before"]["dsr"] < 0.1

@@ -853,7 +853,7 @@ def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_differen
     result = call("search", recipe)
     assert result.exit_code == 3
     number = len(split_prompts(load_recipe(recipe)).choice.keep)
-    assert f"refuses {number} of the {number} keep prompts of the choice; a report says in the end" in result.stderr
+    assert f"refuses {number} of {number} keep prompts of the choice; a report says in the end" in result.stderr
     (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
     assert 30 < float(share) < 98.9
 

@@ -199,6 +199,7 @@ class Edit(ABC):
             for value in inputs.values():
                 overflowed &= value.isfinite()
             num_overflowed = int(overflowed.sum())
+        if num_overflowed:
             result = torch.where(overflowed, torch.sign(exact).to(dtype) * limits.max, result)
         if rounding is not None:
             # Without a dtype whose smallest normal number is larger, none can be lost.

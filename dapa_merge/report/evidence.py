@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.digest import hash_bytes
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import HELD_OUT, KEEP, SEARCH_PROMPTS, BesideSource, Change, Figures, Response
 from dapa_merge.measure.live import Resident
-from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live
+from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import beside_source, change_of, kept_figure
@@ -104,7 +104,13 @@ def _gather(
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
     held_out = parts.report is not parts.search
-    meter = replace(shared[0][0] if shared else meter, called=HELD_OUT if held_out else meter.called)
+    if shared:
+        meter = shared[0][0]
+    elif meter.prompts != parts.report:
+        # The only edit that is left may part the prompts otherwise.
+        made = report_meter(recipe, parts.report, options, plan.models.values())
+        meter = replace(made, asks_keep=meter.asks_keep)
+    meter = replace(meter, called=HELD_OUT if held_out else meter.called)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

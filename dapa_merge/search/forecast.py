@@ -46,7 +46,7 @@ class Work:
         prompts: Answers of candidates, about.
         steps: Of a choice of directions.
         parameters: Of the matrices that are decomposed.
-        in_vain: Answers after which an edit that does not repair is usually known not to: those that all units score by.
+        in_vain: Answers after which an edit that does not repair is usually known not to: what all units score by.
     """
 
     edit: str

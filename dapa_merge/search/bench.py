@@ -185,7 +185,7 @@ class Bench(Resident):
     def recorded_score(
         self, journal: Journal, name: str, selection: Sequence[Unit], what: str, *, is_begun: bool = False
     ) -> tuple[float, float]:
-        """Two bounds of the score of such a baseline; if the note is absent, only what that takes is measured and noted.
+        """Two bounds of the score of such a baseline; if the note is absent, only what that takes is measured.
 
         Args:
             journal: Where the note is or the pieces are.

@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.digest import hash_bytes
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import HELD_OUT, KEEP, SEARCH_PROMPTS, BesideSource, Change, Figures, Response
 from dapa_merge.measure.live import Resident
-from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
+from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live
 from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import beside_source, change_of, kept_figure
@@ -29,7 +29,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched, jsonable, read_figures
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.choose import check_pick
-from dapa_merge.search.forecast import REPORT, forecast
+from dapa_merge.search.forecast import REPORT, forecast, meter_of_run
 from dapa_merge.search.identity import data_digest, models_parts, open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
@@ -108,8 +108,7 @@ def _gather(
         meter = shared[0][0]
     elif meter.prompts != parts.report:
         # The only edit that is left may part the prompts otherwise.
-        made = report_meter(recipe, parts.report, options, plan.models.values())
-        meter = replace(made, asks_keep=meter.asks_keep)
+        meter = meter_of_run(recipe, plan, parts.report, options)
     meter = replace(meter, called=HELD_OUT if held_out else meter.called)
     found: Search | None = None
     searched: Searched | None = None

@@ -15,6 +15,7 @@ from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import Meter, report_meter
 from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import Parts, all_prompts
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, search_memory
 from dapa_merge.plan.selection import given_selection
@@ -120,8 +121,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         parts = all_prompts(recipe, is_rung=ladder.is_auto, tells=False)
         if reports and meter is None:
             # The same for all edits.
-            meter = report_meter(recipe, parts.report, options, plan.models.values())
-            meter = replace(meter, asks_keep=recipe.keep is not None)
+            meter = meter_of_run(recipe, plan, parts.report, options)
         if given_selection(recipe, plan) is None:
             works.append(work_of(recipe, plan, parts))
     num_report = 0 if meter is None else 3 * meter.num_prompts
@@ -147,6 +147,11 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         return found
     seconds = replace(found, rates=rates_of(wide, ladder.recipe.max_new_tokens)).total_seconds
     return replace(found, float32_seconds=seconds) if seconds < FASTER * found.total_seconds else found
+
+
+def meter_of_run(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Meter:
+    """The meter of a run's report, which puts the recipe's keep prompts to the models too; raises as `report_meter`."""
+    return replace(report_meter(recipe, prompts, options, plan.models.values()), asks_keep=recipe.keep is not None)
 
 
 def _wider(plan: Plan, options: Options, device: torch.device) -> Calibration | None:

@@ -355,7 +355,7 @@ def _check_scores(session: Session) -> None:
 
 
 def _floor(session: Session, target: float, full: float) -> Requirement:
-    """What a selection must score."""
+    """The limit on the score alone, as the scores of target and full transplant set it."""
     figures = {SCORE.figure: target}, {SCORE.figure: _possible(session, full)}
     return requirement(session.bench.constraints[:1], *figures, settings_of(session.recipe))
 
